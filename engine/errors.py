@@ -1,0 +1,134 @@
+"""Every refusal and failure as a type of its own. A message says what was wrong and what is allowed."""
+
+
+class StockadeError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+# What a caller may have sent wrongly: the engine goes on as if nothing had happened.
+
+
+class BadInput(StockadeError, ValueError):
+    """The request is refused before any model work."""
+
+
+class EmptyChat(BadInput):
+    """A chat without messages, or whose last message has nothing to answer."""
+
+
+class UnknownRole(BadInput):
+    """A message's role is not one of system, user, assistant."""
+
+
+class InvalidMessage(BadInput):
+    """A message or a part of it has a shape no chat format knows."""
+
+
+class PromptTooLong(BadInput):
+    """The prompt leaves no room for one token in the model's context."""
+
+
+class InvalidSampling(BadInput):
+    """A sampling parameter is outside its range, or two contradict each other."""
+
+
+class DoesNotFit(BadInput):
+    """The request needs more pages than the pool has in all."""
+
+
+class ImagesNotSupported(BadInput):
+    """An image for a model that reads text only."""
+
+
+class TooManyImages(BadInput):
+    """More images in one chat than the model takes."""
+
+
+class UnknownModel(BadInput):
+    """A pass names a model this engine does not have."""
+
+
+class UnknownRequest(BadInput, KeyError):
+    """No request with this id is under way."""
+
+
+class InvalidGuard(BadInput):
+    """A guard asks for something this engine or this guard cannot do."""
+
+
+class BadImage(BadInput):
+    """Base of everything that can be wrong with an image."""
+
+
+class UnreadableImage(BadImage):
+    """Not an image, or missing, or damaged."""
+
+
+class TruncatedImage(UnreadableImage):
+    """The image's data ends early."""
+
+
+class ImageTooLarge(BadImage):
+    """More bytes than allowed; checked before decoding."""
+
+
+class TooManyPixels(BadImage):
+    """More pixels than allowed; checked before decoding."""
+
+
+class AnimatedImage(BadImage):
+    """More than one frame."""
+
+
+class UnsupportedImage(BadImage):
+    """A format, a URL scheme or a Python type that is not accepted as an image."""
+
+
+# What a checkpoint may be wrong with.
+
+
+class CheckpointError(StockadeError):
+    """Base of everything that can be wrong with a checkpoint."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """A folder or a file of a checkpoint is not there."""
+
+
+class CheckpointTruncated(CheckpointError):
+    """A weight file ends before the tensors its header names, or is no such file."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """Tensors are missing, left over or of another shape than the configuration says."""
+
+
+class UnsafeCheckpoint(CheckpointError):
+    """A pickle that holds more than tensors, or a checkpoint that wants its own code to run."""
+
+
+class UnknownArchitecture(CheckpointError):
+    """No decoder family of this engine matches the checkpoint's configuration."""
+
+
+class CacheWriteFailed(StockadeError, OSError):
+    """The cache folder could not be written (full disk, permissions); nothing half-written stays."""
+
+
+# What may go wrong while a request runs. A guard's loop turns these into a refusal with a reason.
+
+
+class PassError(StockadeError):
+    """A pass could not be finished."""
+
+
+class PassTimeout(PassError):
+    """A pass was still running at its deadline."""
+
+
+class TooLong(PassError):
+    """The text of a pass is longer than its model's context."""
+
+
+class Aborted(PassError):
+    """The request was aborted."""

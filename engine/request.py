@@ -1,0 +1,137 @@
+"""The state of a request as the caller sees it: verdicts, the passes that ran, the reply."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from math import isfinite
+from typing import Any
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    CLEAN = "clean"  # the first answer was judged harmless
+    MENDED = "mended"  # a remedy's answer went out
+    REFUSED = "refused"  # the refusal text went out
+    UNGUARDED = "unguarded"  # no guard was asked for
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    REFUSED = "content_filter"  # the guard refused (OpenAI's word for it)
+    ERROR = "error"  # the first answer could not be decoded
+    ABORTED = "abort"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement on one text. `score` is P(harmless) in [0, 1]; harmful means score < threshold.
+
+    A score that is not a finite number is harmful. `error` says why there is no real score.
+    """
+
+    score: float
+    threshold: float
+    detector: str
+    error: str | None = None
+    detail: str | None = None
+
+    @property
+    def harmless(self) -> bool:
+        return self.error is None and isfinite(self.score) and self.score >= self.threshold
+
+    @property
+    def harmful(self) -> bool:
+        return not self.harmless
+
+    @classmethod
+    def failed(cls, detector: str, reason: str, threshold: float = 0.5) -> Verdict:
+        """The verdict of a detector that gave none: harmful, with the reason."""
+        return cls(score=float("nan"), threshold=threshold, detector=detector, error=reason)
+
+    @property
+    def reason(self) -> str:
+        if self.error is not None:
+            return self.error
+        word = "harmless" if self.harmless else "harmful"
+        return f"{word}: {self.score:.3f} against {self.threshold:.3f}"
+
+
+@dataclass
+class PassRecord:
+    """One pass as it ran. Times are seconds since the request was submitted."""
+
+    label: str
+    model: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    verdict: Verdict | None = None
+    error: str | None = None
+    submitted: float = 0.0
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    preemptions: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.finished is None else self.finished - self.submitted
+
+
+@dataclass
+class Usage:
+    """Tokens of one model in one request."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    images: int = 0
+
+
+@dataclass
+class Trace:
+    """Where a request's time went, in seconds."""
+
+    total: float = 0.0
+    queued: float = 0.0
+    first_token: float | None = None
+    answer: float = 0.0
+    guard: float = 0.0
+    vision: float = 0.0
+    overhead: float = 0.0
+
+
+@dataclass
+class Reply:
+    """What a request ended with. `text` is what may be shown; every pass keeps its own text."""
+
+    id: int
+    text: str
+    token_ids: list[int]
+    outcome: Outcome
+    finish_reason: FinishReason
+    verdicts: list[Verdict] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
+    usage: dict[str, Usage] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    logprobs: list[list[tuple[int, float]]] | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reply as plain JSON types; a score that is no number becomes null."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
