@@ -1,0 +1,1 @@
+"""One operation a file: its contract, its launcher, its kernels. Imports torch (and triton) only."""

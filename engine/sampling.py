@@ -1,0 +1,210 @@
+"""Sampling parameters, and the sampler that turns rows of logits into tokens.
+
+Random numbers are counter-based: a draw depends on (seed, pass, output position) and on nothing else, so the
+same request gives the same tokens in any batch, at any step, preempted or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidSampling
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    temperature: 0 is greedy; logits are divided by it otherwise.
+    top_p, top_k (0 = all), min_p: keep the nucleus, the k likeliest, those with p >= min_p * p_max.
+    repetition_penalty: logits of tokens seen in prompt or output are divided (if positive) or multiplied by it.
+    max_tokens: generated tokens; None = up to the end of the context. max_length counts the prompt too.
+    stop: strings that end the text and are not part of it. stop_token_ids: the same for ids.
+    ignore_eos: the model's end tokens do not stop the text (benchmarks).
+    seed: None = drawn once per request. logprobs: log-probabilities of the n likeliest tokens (before
+    penalties and temperature) beside the chosen one's, up to 20.
+
+    Raises `InvalidSampling` for values outside their range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = 256
+    max_length: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, 100.0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+                raise InvalidSampling(f"{name} must be a finite number, not {value!r}")
+            if not low <= value <= high:
+                raise InvalidSampling(f"{name} must be between {low} and {high}, not {value}")
+        if self.top_p == 0.0:
+            raise InvalidSampling("top_p must be greater than 0: 0 keeps no token at all")
+        if self.repetition_penalty == 0.0:
+            raise InvalidSampling("repetition_penalty must be greater than 0; 1 means no penalty")
+        _check_int("top_k", self.top_k, 0)
+        _check_int("max_tokens", self.max_tokens, 1, optional=True)
+        _check_int("max_length", self.max_length, 1, optional=True)
+        _check_int("seed", self.seed, 0, 2**64 - 1, optional=True)
+        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise InvalidSampling("stop must hold non-empty strings")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidSampling(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class SamplerRow(NamedTuple):
+    """What the sampler must know of one row: parameters, what was seen, where the random numbers are."""
+
+    params: SamplingParams
+    seen: Sequence[int]  # prompt and output tokens; read only when there is a repetition penalty
+    seed: int
+    pass_index: int
+    position: int  # of the token to draw, counted from the first generated one
+
+
+class Sampled(NamedTuple):
+    token: int
+    logprob: float | None = None  # of `token`, when asked for
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
+    """Choose one token for each row of `logits` [rows, vocab], any float dtype.
+
+    Rows without random choice or penalty share one argmax. The others follow the order of `transformers`:
+    repetition penalty, temperature, top-k, top-p, min-p, then one draw by inverse distribution function.
+    """
+    plain = greedy(logits).tolist()
+    out = []
+    for index, row in enumerate(rows):
+        params = row.params
+        token = plain[index]
+        if not params.greedy or params.repetition_penalty != 1.0:
+            token = _choose(logits[index].float(), row)
+        if params.logprobs is None:
+            out.append(Sampled(token))
+            continue
+        logprobs = logits[index].float().log_softmax(-1)
+        top = logprobs.topk(params.logprobs)
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        out.append(Sampled(token, float(logprobs[token]), pairs))
+    return out
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """argmax over the last axis of [rows, vocab], the first of equals.
+
+    In two levels: the maximum of a block vectorizes, `argmax` does not (16 rows of 49,152 in bf16 on two
+    cores: 2.4 ms in one call, 0.5 ms like this).
+    """
+    rows, vocab = logits.shape
+    block = 128
+    if logits.device.type != "cpu" or vocab % block or not rows:
+        return logits.argmax(-1)
+    blocks = logits.view(rows, vocab // block, block)
+    best = blocks.amax(-1).argmax(-1)
+    inside = blocks[torch.arange(rows), best].argmax(-1)
+    return best * block + inside
+
+
+def processed_probs(logits: Tensor, params: SamplingParams, seen: Sequence[int]) -> Tensor:
+    """The distribution that is drawn from: fp32 [vocab] from fp32 logits [vocab]."""
+    if params.repetition_penalty != 1.0 and len(seen):
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        ids = ids[ids < logits.shape[-1]]
+        picked = logits[ids]
+        penalty = params.repetition_penalty
+        logits = logits.index_put((ids,), torch.where(picked < 0, picked * penalty, picked / penalty))
+    if params.greedy:
+        probs = torch.zeros_like(logits)
+        probs[int(logits.argmax())] = 1.0
+        return probs
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if params.top_p < 1.0:
+        ordered, order = logits.sort(descending=False)
+        cumulative = ordered.softmax(-1).cumsum(-1)
+        drop = cumulative <= 1.0 - params.top_p
+        drop[-1] = False
+        logits = logits.index_fill(0, order[drop], float("-inf"))
+    if params.min_p > 0.0:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < params.min_p * probs.max(), float("-inf"))
+    return logits.softmax(-1)
+
+
+def uniform(seed: int, pass_index: int, position: int) -> float:
+    """A number in [0, 1) that depends on its three arguments only (splitmix64 over the mixed counters)."""
+    state = seed & _MASK
+    for value in (pass_index, position):
+        state = _splitmix64((state ^ _splitmix64((value + 1) & _MASK)) & _MASK)
+    return (state >> 11) * (1.0 / (1 << 53))
+
+
+def _choose(logits: Tensor, row: SamplerRow) -> int:
+    probs = processed_probs(logits, row.params, row.seen)
+    if row.params.greedy:
+        return int(probs.argmax())
+    cumulative = probs.double().cumsum(-1)
+    draw = uniform(row.seed, row.pass_index, row.position) * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, draw, right=True))
+    # a draw that rounds up to the total falls past the last token with any probability
+    return min(index, int(probs.nonzero()[-1]))
+
+
+_MASK = (1 << 64) - 1
+
+
+def _splitmix64(value: int) -> int:
+    """Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _check_int(
+    name: str, value: int | None, low: int, high: int | None = None, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidSampling(f"{name} must be a whole number, not {value!r}")
+    if value < low or (high is not None and value > high):
+        raise InvalidSampling(
+            f"{name} must be at least {low}{f' and at most {high}' if high else ''}, not {value}"
+        )

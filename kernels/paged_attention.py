@@ -1,0 +1,141 @@
+"""Attention of a ragged batch over keys and values that lie in pages.
+
+On the CPU adjacent pages form runs, and a run is read where it lies: a sequence whose pages are adjacent costs
+one call of torch's flash kernel and no copy, a scattered one a call per run and a merge.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LayerKV(NamedTuple):
+    """One layer's keys and values in the pool, as views; a row is a token's place.
+
+    kv: [2 * kv_heads, rows, head_dim], keys first. keys, values: [1, kv_heads, rows, head_dim].
+    """
+
+    kv: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class SequenceSpan(NamedTuple):
+    """One sequence's part of a batch: `count` query rows from `start` on, the last tokens of its context.
+
+    runs: (first row, tokens) of its keys and values in order of position, the new tokens included.
+    mask: [count, context] bool, true where a query may look; None for a single query (it sees all its runs)
+    and for a first chunk (plain causal).
+    """
+
+    start: int
+    count: int
+    runs: tuple[tuple[int, int], ...]
+    mask: Tensor | None = None
+
+
+def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor) -> None:
+    """Store kv [tokens, 2 * kv_heads, head_dim] (keys first) at `rows` [tokens] of the pool."""
+    cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
+
+
+def paged_attention(q: Tensor, cache: LayerKV, spans: list[SequenceSpan], scale: float) -> Tensor:
+    """Causal attention of each span's queries over its own runs.
+
+    q: [tokens, heads, head_dim], in the order of `spans`, which cover all rows. Query heads are grouped:
+    head h reads key head h // (heads / kv_heads). Returns [tokens, heads * head_dim].
+    """
+    kv_heads = cache.keys.shape[1]
+    outs = []
+    for span in spans:
+        queries = q[span.start : span.start + span.count]
+        if span.count == 1:
+            outs.append(_decode(queries, cache, span.runs, scale, kv_heads))
+        else:
+            outs.append(_prefill(queries, cache, span, scale))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _decode(
+    q: Tensor, cache: LayerKV, runs: tuple[tuple[int, int], ...], scale: float, kv_heads: int
+) -> Tensor:
+    # The queries of a key head's group are the rows of one small matrix, so grouped heads cost no copy of the
+    # keys and the context is read once (against bf16 bmm at 1k tokens: 84 against 240 us).
+    grouped = q.view(1, kv_heads, -1, q.shape[-1])  # [1, kv_heads, group, head_dim]
+    if len(runs) == 1:
+        row, count = runs[0]
+        out = F.scaled_dot_product_attention(
+            grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale=scale
+        )
+        return out.reshape(1, -1)
+    parts, weights = [], []
+    for row, count in runs:
+        keys, values = cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count)
+        out, lse = _attend_with_lse(grouped, keys, values, scale)
+        parts.append(out)
+        weights.append(lse)
+    share = torch.stack(weights).softmax(0).unsqueeze(-1)  # [runs, 1, kv_heads, group, 1], fp32
+    return (torch.stack(parts) * share).sum(0).to(q.dtype).reshape(1, -1)
+
+
+def _attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp of the scores) for [1, heads, rows, head_dim] without a mask."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, 0.0, False, scale=scale
+        )
+    scores = (q.float() @ keys.float().transpose(-1, -2)) * scale
+    return (scores.softmax(-1) @ values.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def _prefill(q: Tensor, cache: LayerKV, span: SequenceSpan, scale: float) -> Tensor:
+    pieces = [(cache.keys.narrow(2, row, n), cache.values.narrow(2, row, n)) for row, n in span.runs]
+    if len(pieces) == 1:
+        keys, values = pieces[0]
+    else:
+        keys, values = (torch.cat(side, 2) for side in zip(*pieces, strict=True))
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        keys,
+        values,
+        attn_mask=span.mask,
+        is_causal=span.mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+    return out.squeeze(0).transpose(0, 1).reshape(span.count, -1)
+
+
+def causal_mask(count: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Who sees whom when the last `count` of `context` tokens are queries: bool [count, context].
+
+    With a sliding window of w a query sees itself and the w - 1 tokens before it. None where plain causal
+    attention over a square says the same.
+    """
+    if count == context and (window is None or context <= window):
+        return None
+    query = torch.arange(context - count, context, device=device).unsqueeze(1)
+    key = torch.arange(context, device=device).unsqueeze(0)
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
+def attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """The same for one sequence in fp64: q [count, heads, dim], keys and values [kv_heads, context, dim]."""
+    group = q.shape[1] // keys.shape[0]
+    keys, values = (side.double().repeat_interleave(group, 0) for side in (keys, values))
+    scores = torch.einsum("qhd,hkd->hqk", q.double(), keys) * scale
+    context = keys.shape[1]
+    allowed = causal_mask(q.shape[0], context, window, q.device)
+    if allowed is None:
+        allowed = torch.ones(context, context, dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return torch.einsum("hqk,hkd->qhd", scores.softmax(-1), values).flatten(1)

@@ -1,0 +1,31 @@
+"""The detector's head: pool a sequence's hidden states, norm the pooled row, one dot product, sigmoid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rms_norm import rms_norm_reference
+
+
+def pool_add(hidden: Tensor, slots: Tensor, sums: Tensor) -> None:
+    """Add rows of hidden [tokens, width] to the running sums [slots + 1, width] (fp32), in place.
+
+    slots: [tokens] int64, -1 where a token is not pooled; such rows go to the last, discarded slot.
+    """
+    sums.index_add_(0, slots.where(slots >= 0, sums.shape[0] - 1), hidden.float())
+
+
+def pooled_logit(
+    pooled: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(logit, score) of pooled rows [n, width]: fp32 [n] each, score = sigmoid(logit) = P(harmless).
+
+    weight: [width]; bias: [1] or None. A norm, where the head has one, is applied to the pooled row only.
+    """
+    if norm_weight is not None:
+        pooled = rms_norm_reference(pooled, norm_weight, eps)
+    logit = (pooled.float() * weight.float()).sum(-1)
+    if bias is not None:
+        logit = logit + bias.float()
+    return logit, torch.sigmoid(logit)
