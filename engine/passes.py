@@ -14,7 +14,7 @@ from .sampling import SamplingParams
 from .text import Segment
 
 if TYPE_CHECKING:
-    from .request import Verdict
+    from .request import Outcome, Verdict
 
 Prompt: TypeAlias = "Chat | tuple[Segment, ...] | tuple[int, ...]"
 """A chat goes through the model's own chat template; segments and token ids are taken as they are."""
@@ -25,7 +25,8 @@ class Generate:
     """Decode an answer. `sampling=None` takes the request's own parameters.
 
     `label` names the pass in replies and traces ("answer", "caption", "rewrite" …); `timeout` is in seconds
-    from the pass's start. The result is an `Answer`.
+    from the pass's start. live: its text may leave while it is decoded; nothing guards it. The result is an
+    `Answer`.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Generate:
     label: str = "answer"
     sampling: SamplingParams | None = None
     timeout: float | None = None
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,5 +93,32 @@ class Chosen(NamedTuple):
     masses: tuple[float, ...]
 
 
+class Judged(NamedTuple):
+    """A text and the verdict on it."""
+
+    text: str
+    verdict: Verdict
+
+
+class Decision(NamedTuple):
+    """How a loop ended. Only `answer.text` may be shown; `reason` says why it refused."""
+
+    answer: Answer
+    outcome: Outcome
+    judged: tuple[Judged, ...] = ()
+    reason: str | None = None
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [verdict for _, verdict in self.judged]
+
+
+class ModelTraits(NamedTuple):
+    """What a loop may know of a model: the text template of its head, and whether it understands chats only."""
+
+    template: str | None = None
+    chat_only: bool = False
+
+
 PassResult: TypeAlias = "Answer | Scored | Chosen"
-Loop: TypeAlias = "Generator[Pass, Any, Any]"
+Loop: TypeAlias = "Generator[Pass, Any, Decision]"

@@ -90,7 +90,6 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     generated: int = 0
-    images: int = 0
 
 
 @dataclass
@@ -101,9 +100,8 @@ class Trace:
     queued: float = 0.0
     first_token: float | None = None
     answer: float = 0.0
-    guard: float = 0.0
-    vision: float = 0.0
-    overhead: float = 0.0
+    guard: float = 0.0  # from the end of the first answer to the reply
+    overhead: float = 0.0  # in the guard's loop and in preparing passes
 
 
 @dataclass

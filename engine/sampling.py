@@ -100,16 +100,22 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
-    """Choose one token for each row of `logits` [rows, vocab], any float dtype.
+def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | None]:
+    """Choose one token for each row of `logits` [rows, vocab], any float dtype; None where they are not numbers.
 
     Rows without random choice or penalty share one argmax. The others follow the order of `transformers`:
     repetition penalty, temperature, top-k, top-p, min-p, then one draw by inverse distribution function.
     """
-    plain = greedy(logits).tolist()
-    out = []
+    best = greedy(logits)
+    # the maximum of a row with a NaN is NaN
+    finite = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite().tolist()
+    plain = best.tolist()
+    out: list[Sampled | None] = []
     for index, row in enumerate(rows):
         params = row.params
+        if not finite[index]:
+            out.append(None)
+            continue
         token = plain[index]
         if not params.greedy or params.repetition_penalty != 1.0:
             token = _choose(logits[index].float(), row)
@@ -197,14 +203,10 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _check_int(
-    name: str, value: int | None, low: int, high: int | None = None, optional: bool = False
-) -> None:
+def _check_int(name: str, value: int | None, low: int, high: int | None = None, optional: bool = False) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidSampling(f"{name} must be a whole number, not {value!r}")
     if value < low or (high is not None and value > high):
-        raise InvalidSampling(
-            f"{name} must be at least {low}{f' and at most {high}' if high else ''}, not {value}"
-        )
+        raise InvalidSampling(f"{name} must be at least {low}{f' and at most {high}' if high else ''}, not {value}")

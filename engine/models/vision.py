@@ -54,7 +54,9 @@ class VisionAdapter(nn.Module):
             self.multi_modal_projector = LlavaMultiModalProjector(config).to(dtype).eval()
         self.requires_grad_(False)
         side = config.vision_config.image_size // config.vision_config.patch_size
-        extra = int(config.vision_feature_select_strategy == "full" and hasattr(self._embeddings(), "class_embedding"))
+        extra = int(
+            config.vision_feature_select_strategy == "full" and hasattr(self._embeddings(), "class_embedding")
+        )
         self.tokens_per_image = side * side + extra
         self.weights_hash = b""
         self._prepared: OrderedDict[bytes, PreparedImage] = OrderedDict()

@@ -1,0 +1,287 @@
+"""From names and paths to models that run: opens checkpoints, fills weights, shares what is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig
+
+from ..errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
+from ..text import Codec
+from .bundles import smol_folder
+from .checkpoint import Checkpoint, ContentHash, open_checkpoint
+from .decoder import FAMILIES, Decoder, DecoderConfig
+from .heads import Head, HeadSpec, load_head
+from .json_file import read_json
+from .model import Backbone, Model
+from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
+from .vision import VisionAdapter
+
+BUNDLES = ("smol",)
+LLAVA = "llava"
+SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """The models of an engine by name: "mllm", and where there are any "detector" and "detoxifier"."""
+
+    models: dict[str, Model]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_models(
+    model: str | Path,
+    detector: str | Path | None = None,
+    detoxifier: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> ModelSet:
+    """Load what an engine needs. Equal sources share one backbone.
+
+    Each is a checkpoint folder, a GGUF file, a bundle or a named shape with random weights. A detector is a
+    sequence classifier with one label, a bundle, or a `.safetensors` file with a head fitted on the MLLM's own
+    weights. A bundle as model brings its own detector and detoxifier.
+    """
+    where = _device(device)
+    loader = _Loader(where, _dtype(where, dtype))
+    if str(model) in BUNDLES:
+        detector = model if detector is None else detector
+        detoxifier = model if detoxifier is None else detoxifier
+    models = {"mllm": loader.generator("mllm", model)}
+    if detoxifier is not None:
+        models["detoxifier"] = loader.generator("detoxifier", detoxifier)
+    if detector is not None:
+        models["detector"] = loader.detector("detector", detector, models["mllm"])
+    return ModelSet(models, where, loader.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    backbone: Backbone
+    codec: Codec
+    config: PretrainedConfig
+    score: Head | None  # of a sequence classifier
+
+
+class _Loader:
+    """Remembers what it loaded, so that a checkpoint named twice is in memory once."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._loaded: dict[tuple[str, bool], _Loaded] = {}
+
+    def generator(self, name: str, source: str | Path) -> Model:
+        loaded = self._load(source, classifier=False)
+        decoder, vision = loaded.backbone.decoder, loaded.backbone.vision
+        if decoder.head is None:
+            raise CheckpointMismatch(f"{source} is a classifier; {name} has to be a language model")
+        context = decoder.config.context
+        return Model(
+            name,
+            loaded.backbone,
+            loaded.codec,
+            context,
+            decoder.depth,
+            image_token_id=_image_token_id(loaded.config),
+            max_images=(context - 1) // vision.tokens_per_image if vision is not None else 0,
+            chat_only=str(source) in BUNDLES,
+        )
+
+    def detector(self, name: str, source: str | Path, mllm: Model) -> Model:
+        if str(source) in BUNDLES:
+            return _probe(name, self.generator(name, source), SMOL_DETECTOR, self.device)
+        if Path(source).suffix == ".safetensors":
+            return _probe(name, mllm, Path(source), self.device)
+        loaded = self._load(source, classifier=True)
+        decoder = loaded.backbone.decoder
+        if loaded.score is None:
+            raise CheckpointMismatch(
+                f"{source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or adapter "
+                "with one label, or a head file"
+            )
+        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, loaded.score)
+
+    def _load(self, source: str | Path, classifier: bool) -> _Loaded:
+        """classifier says what a named shape is to be; a checkpoint says itself what it is."""
+        named = str(source) in NAMED_SHAPES
+        key = str(source) if named or str(source) in BUNDLES else str(Path(source).resolve())
+        known = self._loaded.get((key, classifier and named))
+        if known is None:
+            known = self._random(str(source), classifier) if named else self._read(source)
+            self._loaded[key, classifier and named] = known
+        return known
+
+    def _read(self, source: str | Path) -> _Loaded:
+        path = smol_folder() if str(source) in BUNDLES else Path(source)
+        checkpoint = open_checkpoint(path)
+        classifier = "score.weight" in checkpoint.shapes
+        parts = _Parts(checkpoint.config, classifier, checkpoint.path, self.device, self.dtype)
+        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
+
+    def _random(self, name: str, classifier: bool) -> _Loaded:
+        config = named_config(name)
+        assert config is not None
+        parts = _Parts(config, classifier, None, self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        for slot, tensor in parts.slots.items():
+            tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
+        tokenizer = byte_tokenizer(parts.decoder.config.vocab_size, _image_token_id(config))
+        image = None if parts.vision is None else "<image>"
+        codec = Codec(tokenizer, image_token=image, template_adds_specials=True)
+        return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
+
+
+class _Parts:
+    """The empty modules of one checkpoint, and where each of its tensors goes."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        classifier: bool,
+        folder: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        text = _text_config(config)
+        self.config = config
+        self.decoder = Decoder(DecoderConfig.from_pretrained(text), device, dtype, with_head=not classifier)
+        self.slots = dict(self.decoder.slots())
+        self.score: Tensor | None = None
+        if classifier:
+            if config.num_labels != 1:
+                raise CheckpointMismatch(f"a detector has one label, not {config.num_labels}")
+            self.score = torch.empty(1, text.hidden_size, device=device, dtype=dtype)
+            self.slots["score.weight"] = self.score
+        self.vision: VisionAdapter | None = None
+        if config.model_type == LLAVA:
+            processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
+            self.vision = VisionAdapter(config, processor, device, dtype)
+            self.slots.update(self.vision.slots())
+
+    def finish(self, content_hash: str, codec: Codec) -> _Loaded:
+        self.decoder.freeze()
+        if self.vision is not None:
+            self.vision.freeze(content_hash.encode())
+        backbone = Backbone(self.decoder, content_hash, self.vision)
+        score = None
+        if self.score is not None:
+            depth = self.decoder.depth
+            spec = HeadSpec(layer=depth, pooling="last", norm=True)
+            eps = self.decoder.config.norm_eps
+            score = Head(spec, self.score[0], norm_weight=self.decoder.norm, norm_eps=eps)
+        return _Loaded(backbone, codec, self.config, score)
+
+
+def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> str:
+    """Copy a checkpoint's tensors into their slots; returns their content hash.
+
+    Raises `CheckpointMismatch`, before anything is read, unless names and shapes agree.
+    """
+    shapes = checkpoint.shapes
+    if decoder.config.tied:
+        shapes.pop("lm_head.weight", None)  # written by some versions although it is the embedding
+    missing = sorted(set(slots) - set(shapes))
+    extra = sorted(set(shapes) - set(slots))
+    wrong = [
+        f"{name} is {tuple(shapes[name])}, not {tuple(slots[name].shape)}"
+        for name in sorted(set(slots) & set(shapes))
+        if tuple(shapes[name]) != tuple(slots[name].shape)
+    ]
+    for problem, names in (("lacks", missing), ("has unknown tensors:", extra), ("has wrong shapes:", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointMismatch(f"{checkpoint.path} {problem} {', '.join(names[:3])}{more}")
+    hasher = ContentHash()
+    for name, tensor in checkpoint.tensors(hasher):
+        if name in slots:
+            slots[name].copy_(tensor)
+    return hasher.hexdigest()
+
+
+def _probe(name: str, base: Model, path: Path, device: torch.device) -> Model:
+    """A detector that is a head on another model's backbone: it runs the layers below the head only."""
+    head = load_head(path).to(device)
+    spec, config = head.spec, base.backbone.decoder.config
+    if head.weight.shape[0] != config.hidden_size or not 1 <= spec.layer <= config.layers:
+        raise CheckpointMismatch(
+            f"{path} is a head for {head.weight.shape[0]} features after layer {spec.layer}; the model has "
+            f"{config.hidden_size} features and {config.layers} layers"
+        )
+    if spec.backbone_hash is not None and spec.backbone_hash != base.backbone.content_hash:
+        raise CheckpointMismatch(f"{path} was fitted on other weights than these; its scores would mean nothing here")
+    return Model(name, base.backbone, base.codec, base.context, spec.layer, head, chat_only=base.chat_only)
+
+
+def _codec(checkpoint: Checkpoint) -> Codec:
+    source = checkpoint.tokenizer_path
+    gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
+    folder = source.parent if gguf else source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
+    except Exception as error:  # tokenizer classes fail each in its own way
+        raise CheckpointMissing(f"{source} has no usable tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise UnknownArchitecture(f"{source} has a slow tokenizer only; add its tokenizer.json")
+    image_id = _image_token_id(checkpoint.config)
+    return Codec(
+        tokenizer,
+        image_token=None if image_id is None else tokenizer.convert_ids_to_tokens(image_id),
+        chat_template=_processor_template(folder) if image_id is not None else None,
+        template_adds_specials=image_id is not None,
+        extra_stop_ids=_stop_ids(folder, checkpoint.config),
+    )
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The template of a processor, which older checkpoints keep in a file of its own."""
+    path = folder / "chat_template.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None
+
+
+def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    generation = read_json(path).get("eos_token_id") if path.is_file() else None
+    found: set[int] = set()
+    for ids in (generation, getattr(_text_config(config), "eos_token_id", None)):
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def _text_config(config: PretrainedConfig) -> Any:
+    if config.model_type == LLAVA:
+        return config.text_config
+    if config.model_type not in FAMILIES:
+        raise UnknownArchitecture(
+            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, LLAVA))}"
+        )
+    return config
+
+
+def _image_token_id(config: PretrainedConfig) -> int | None:
+    if config.model_type != LLAVA:
+        return None
+    return getattr(config, "image_token_id", None) or config.image_token_index
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """bf16 where the device multiplies it in hardware, else fp32."""
+    if dtype is not None:
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16

@@ -1,0 +1,144 @@
+"""From a pass to a sequence: encode its prompt, place its images, and check that it can run at all."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import NamedTuple
+
+from .chat import Chat
+from .errors import BadInput, ImagesNotSupported, PromptTooLong, TooManyImages
+from .kv_pages import PagePool
+from .models.model import Model
+from .passes import Choose, Generate, Pass, Prompt, Score
+from .request import PassRecord
+from .sampling import SamplingParams
+from .sequence import BlockTable, PlacedImage, Sequence
+from .text import ImageSegment
+
+
+class Identity(NamedTuple):
+    """Of which request, and the how-manieth pass of it; what its random numbers and its cache depend on."""
+
+    request: int
+    number: int
+    seed: int
+    salt: str | None
+
+
+class _Encoded(NamedTuple):
+    tokens: list[int]
+    content: list[int]
+    images: tuple[PlacedImage, ...]
+
+
+def make_sequence(
+    step: Pass,
+    model: Model,
+    who: Identity,
+    sampling: SamplingParams,
+    record: PassRecord,
+    pool: PagePool,
+    page_size: int,
+) -> Sequence:
+    """The sequence of a pass. Raises a `BadInput` when its prompt cannot be run by this model."""
+    encoded = _encode(model, step.prompt)
+    count = len(encoded.tokens)
+    if not count:
+        raise BadInput(f"the {step.label} pass has an empty prompt")
+    generates = isinstance(step, Generate)
+    if count + generates > model.context:
+        raise PromptTooLong(
+            f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most "
+            f"{model.context - generates:,} and must have room to answer"
+        )
+    limit = count
+    if generates:
+        bounds = [model.context]
+        bounds += [] if sampling.max_tokens is None else [count + sampling.max_tokens]
+        # a prompt as long as max_length still gets one token, as in `transformers`
+        bounds += [] if sampling.max_length is None else [max(sampling.max_length, count + 1)]
+        limit = min(bounds)
+    layout = model.layout(page_size)
+    sequence = Sequence(
+        order=(who.request, who.number),
+        model=model,
+        record=record,
+        root=pool.root(layout, model.backbone.content_hash, who.salt),
+        table=BlockTable(layout),
+        tokens=encoded.tokens,
+        content=encoded.content,
+        prompt_tokens=count,
+        limit=limit,
+        images=encoded.images,
+        seed=who.seed,
+    )
+    if isinstance(step, Generate):
+        sequence.sampling = sampling
+    elif isinstance(step, Choose):
+        sequence.words = tuple(model.codec.variants(word) for word in step.words)
+        if not all(sequence.words):
+            raise BadInput(f"{model.name} has no single token for each of {', '.join(step.words)}")
+    elif model.head is None:
+        raise BadInput(f"{model.name} has no head to score with")
+    elif model.head.spec.pooling == "mean":
+        sequence.pool_from = _pool_from(model, step, encoded.tokens)
+    if step.timeout is not None:
+        sequence.deadline = perf_counter() + step.timeout
+    return sequence
+
+
+def _pool_from(model: Model, step: Score, tokens: list[int]) -> int:
+    """The first token that holds a character of the pooled segments: behind the longest common beginning of the
+    text with and without them."""
+    if step.pool_from == 0:
+        return 0
+    context = model.codec.encode(step.prompt[: step.pool_from], add_special_tokens=True)
+    common = 0
+    for left, right in zip(context, tokens, strict=False):
+        if left != right:
+            break
+        common += 1
+    return min(common, len(tokens) - 1)
+
+
+def _encode(model: Model, prompt: Prompt) -> _Encoded:
+    """Token ids with one id for each row of an image, and what they stand for in the prefix index."""
+    if isinstance(prompt, Chat):
+        images = prompt.images
+        _check_images(model, len(images))
+        ids = model.codec.encode_chat(prompt)
+    else:
+        segments = [item for item in prompt if not isinstance(item, int)]
+        if not segments:
+            ids = [item for item in prompt if isinstance(item, int)]
+            return _Encoded(ids, ids, ())
+        images = tuple(item.image for item in segments if isinstance(item, ImageSegment))
+        _check_images(model, len(images))
+        ids = model.codec.encode(segments, add_special_tokens=True)
+    if not images:
+        return _Encoded(ids, ids, ())
+    vision = model.backbone.vision
+    assert vision is not None
+    tokens: list[int] = []
+    content: list[int] = []
+    placed: list[PlacedImage] = []
+    waiting = iter(images)
+    for token in ids:
+        if token != model.image_token_id:
+            tokens.append(token)
+            content.append(token)
+            continue
+        prepared = vision.prepare(next(waiting))
+        placed.append(PlacedImage(len(tokens), prepared))
+        tokens += [token] * prepared.tokens
+        # below every token id, and different for every row of every image
+        base = -(int.from_bytes(prepared.key, "big") << 32) - 1
+        content += range(base, base - prepared.tokens, -1)
+    return _Encoded(tokens, content, tuple(placed))
+
+
+def _check_images(model: Model, count: int) -> None:
+    if count and model.backbone.vision is None:
+        raise ImagesNotSupported(f"{model.name} reads text only; send no images")
+    if count > model.max_images:
+        raise TooManyImages(f"{count} images in one chat; {model.name} takes at most {model.max_images}")

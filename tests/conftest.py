@@ -1,0 +1,157 @@
+"""Tiny random checkpoints, written by `transformers`, one folder a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from stockade.engine.engine import Engine
+from stockade.engine.models.shapes import byte_tokenizer, image_processor_for
+
+VOCAB = 384
+IMAGE_TOKEN = 383
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama-gqa": lambda: LlamaConfig(**BASE),
+    "llama-mha-tied": lambda: LlamaConfig(**{**BASE, "num_key_value_heads": 4}, tie_word_embeddings=True),
+    "llama-biases": lambda: LlamaConfig(**BASE, attention_bias=True, mlp_bias=True),
+    "llama-dim100": lambda: LlamaConfig(
+        **{**BASE, "hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2}, head_dim=100
+    ),
+    "llama3-rope": lambda: LlamaConfig(
+        **BASE,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama-linear-rope": lambda: LlamaConfig(
+        **BASE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "llama-yarn": lambda: LlamaConfig(
+        **BASE,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "mistral-window": lambda: MistralConfig(**BASE, sliding_window=24),
+    "mistral-head-dim": lambda: MistralConfig(**BASE, head_dim=32, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**BASE),
+    "qwen2-tied": lambda: Qwen2Config(**BASE, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**BASE, head_dim=24),
+    "qwen3-window": lambda: Qwen3Config(
+        **BASE, head_dim=16, use_sliding_window=True, sliding_window=20, max_window_layers=1
+    ),
+}
+
+
+def save_tokenizer(folder: Path, image_token: int | None = None) -> None:
+    byte_tokenizer(VOCAB, image_token).save_pretrained(folder)
+
+
+def scatter_norms(model: torch.nn.Module) -> None:
+    """Fresh models have norms of ones and biases of zeros, which would hide their misplacement."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint(family) -> folder of a tiny random language model in fp32; "llava" and "classifier" too."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(len(family))
+            if family == "llava":
+                model, image_token = tiny_llava(folder), IMAGE_TOKEN
+            elif family.startswith("classifier"):
+                kind = family.removeprefix("classifier-") if "-" in family else "llama-gqa"
+                config = FAMILIES[kind]()
+                config.num_labels = 1
+                model, image_token = AutoModelForSequenceClassification.from_config(config), None
+            else:
+                model, image_token = AutoModelForCausalLM.from_config(FAMILIES[family]()), None
+            scatter_norms(model)
+            model.eval().save_pretrained(folder)
+            save_tokenizer(folder, image_token)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+def tiny_llava(folder: Path) -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=32,
+    )
+    config = LlavaConfig(
+        text_config=LlamaConfig(**BASE),
+        vision_config=vision,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    image_processor_for(56).save_pretrained(folder)
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.fixture
+def engine(checkpoint: Callable[[str], Path]) -> Engine:
+    """A fresh fp32 engine on the CPU with a model, a detector and a detoxifier of tiny random weights."""
+    return Engine(
+        checkpoint("llama-gqa"),
+        checkpoint("classifier"),
+        checkpoint("llama-mha-tied"),
+        device="cpu",
+        dtype=torch.float32,
+        kv_bytes=32 << 20,
+        tokens_per_page=16,
+    )
