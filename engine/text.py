@@ -271,13 +271,13 @@ class Codec:
         before, after = self._frame if add_special_tokens else ([], [])
         ids, at = list(before), 0
         for run in re.finditer(rb"\0+", untrusted):
-            for id, start, end in self._tokenize(run_text := text[run.start() : run.end()], False)[1]:
-                name = self.tokenizer.convert_ids_to_tokens(id)
-                if start == end or (id == self._plain.unknown_id and run_text[start:end].strip() != name):
-                    continue  # no special token, but a character the vocabulary lacks
-                ids += self._plain_ids(text[at : run.start() + start], at)
-                ids.append(id)
-                at = run.start() + end
+            for id, start, end in self._tokenize(text[run.start() : run.end()], False)[1]:
+                start, end = run.start() + start, run.start() + end
+                spelled = text[start:end].strip() == self.tokenizer.convert_ids_to_tokens(id)
+                if start == end or (id == self._plain.unknown_id and not spelled):
+                    continue  # not a special token but a character the vocabulary lacks
+                ids += [*self._plain_ids(text[at:start], at), id]
+                at = end
         return ids + self._plain_ids(text[at:], at) + after
 
     def _plain_ids(self, text: str, at: int) -> list[int]:

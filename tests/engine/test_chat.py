@@ -1,6 +1,7 @@
 import base64
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,7 +29,7 @@ BASE64 = base64.b64encode(png(200)).decode()
 URL = "data:image/png;base64," + BASE64
 
 
-def user(*parts) -> list[dict]:
+def user(*parts: Any) -> list[dict]:
     return [{"role": "user", "content": list(parts)}]
 
 
