@@ -96,7 +96,7 @@ def is_whole(folder: Path, verify: bool = False) -> bool:
     try:
         files = read_json(folder / MANIFEST)["files"]
         return _WEIGHTS in files and all(
-            _agrees(folder / name, listed, verify or name != _WEIGHTS) for name, listed in files.items()
+            _agrees(folder / name, entry, verify or name != _WEIGHTS) for name, entry in files.items()
         )
     except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
@@ -122,9 +122,13 @@ def convert(source: Path, sha256: str, folder: Path) -> None:
     ).save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "source": {"name": source.name, "sha256": sha256}, "files": files}
+    manifest = {"format": FORMAT, "source": {"name": source.name, "sha256": sha256}, "files": listed(folder)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each file of a folder, by name: what a manifest says."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
 
 
 def _make(target: Path, write: Callable[[Path], None]) -> None:
@@ -163,8 +167,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _agrees(file: Path, listed: Mapping[str, Any], hashed: bool) -> bool:
-    return file.stat().st_size == listed["bytes"] and (not hashed or _sha256(file) == listed["sha256"])
+def _agrees(file: Path, entry: Mapping[str, Any], hashed: bool) -> bool:
+    return file.stat().st_size == entry["bytes"] and (not hashed or _sha256(file) == entry["sha256"])
 
 
 def _sha256(file: Path) -> str:

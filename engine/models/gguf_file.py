@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from ..errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated, UnknownArchitecture
+from ..errors import (
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointMissing,
+    CheckpointTruncated,
+    UnknownArchitecture,
+)
 
 _CONFIGS: Mapping[str, tuple[type[PretrainedConfig], str]] = {
     "llama": (LlamaConfig, "LlamaForCausalLM"),  # Mistral too: its converter writes this name
@@ -105,31 +111,37 @@ class GgufFile:
         config_class, model_class = _CONFIGS[self.architecture]
         if "model.embed_tokens.weight" not in self._tensors:
             raise CheckpointMismatch(f"{self.path} has no token embeddings")
+        vocabulary = self._tensors["model.embed_tokens.weight"].shape[0]
         hidden, heads = self._whole("embedding_length"), self._whole("attention.head_count")
         head_dim = self._whole("attention.key_length", hidden // heads)
         if self._whole("rope.dimension_count", head_dim) != head_dim:
             raise UnknownArchitecture(f"{self.path}: rotary embeddings on a part of each head are not supported")
         tokens = {
-            f"{name}_token_id": self._token_id(key)
+            f"{name}_token_id": self._token_id(key, vocabulary)
             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         }
         extra = {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors}
-        return config_class(
-            architectures=[model_class],
-            vocab_size=self._tensors["model.embed_tokens.weight"].shape[0],
-            hidden_size=hidden,
-            intermediate_size=self._whole("feed_forward_length"),
-            num_hidden_layers=self._whole("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=self._whole("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=self._whole("context_length"),
-            rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
-            rope_parameters=self._rope(),
-            tie_word_embeddings="lm_head.weight" not in self._tensors,
-            **tokens,
-            **({} if self.architecture == "qwen2" else extra),
-        )
+        try:
+            return config_class(
+                architectures=[model_class],
+                vocab_size=vocabulary,
+                hidden_size=hidden,
+                intermediate_size=self._whole("feed_forward_length"),
+                num_hidden_layers=self._whole("block_count"),
+                num_attention_heads=heads,
+                num_key_value_heads=self._whole("attention.head_count_kv", heads),
+                head_dim=head_dim,
+                max_position_embeddings=self._whole("context_length"),
+                rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
+                rope_parameters=self._rope(),
+                tie_word_embeddings="lm_head.weight" not in self._tensors,
+                **tokens,
+                **({} if self.architecture == "qwen2" else extra),
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # configuration classes check their values each in its own way
+            raise CheckpointMismatch(f"{self.path}: no valid {self.architecture} configuration: {error}") from error
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor once, the largest first: floating-point ones in their stored dtype, quantized ones as fp32."""
@@ -168,9 +180,11 @@ class GgufFile:
             return {"rope_type": "linear", "rope_theta": theta, "factor": self._real("rope.scaling.factor")}
         raise UnknownArchitecture(f"{self.path}: rope scaling {scaling!r} in a GGUF; supported are none and linear")
 
-    def _token_id(self, key: str) -> int | None:
+    def _token_id(self, key: str, vocabulary: int) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return value if isinstance(value, int) else None
+        if value is not None and not (isinstance(value, int) and 0 <= value < vocabulary):
+            raise CheckpointMismatch(f"{self.path}: the {key} token is {value!r}; the vocabulary has {vocabulary}")
+        return value
 
     def _whole(self, key: str, default: int | None = None) -> int:
         value = self.metadata.get(f"{self.architecture}.{key}", default)

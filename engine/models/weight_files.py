@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -138,13 +137,13 @@ class _TorchZip:
     def __init__(self, file: Path) -> None:
         self._path = file
         with open(file, "rb") as start:
-            magic = start.read(2)
-        if not zipfile.is_zipfile(file):
-            if magic.startswith(b"\x80"):
-                raise UnsafeCheckpoint(
-                    f"{file} is a bare pickle, which cannot be read safely and in place; save it as safetensors"
-                )
-            raise CheckpointTruncated(f"{file} is cut off, or not written by torch.save")
+            magic = start.read(4)
+        if magic.startswith(b"\x80"):
+            raise UnsafeCheckpoint(
+                f"{file} is a bare pickle, which cannot be read safely and in place; save it as safetensors"
+            )
+        if magic != b"PK\3\4":
+            raise CheckpointTruncated(f"{file} is empty, damaged, or not written by torch.save")
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:

@@ -1,5 +1,6 @@
 """LoRA folders: merged at load as `peft` merges them, with every tensor used, or refused."""
 
+import copy
 import json
 
 import pytest
@@ -54,7 +55,7 @@ def saved(tmp_path, lora, model_class=LlamaForCausalLM):
     base = model_class.from_pretrained(
         tmp_path / "base", **({"num_labels": 1} if model_class is LlamaForSequenceClassification else {})
     )
-    model = random_lora(get_peft_model(base, lora))
+    model = random_lora(get_peft_model(base, copy.deepcopy(lora)))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", dict(model.merge_and_unload().named_parameters())
 

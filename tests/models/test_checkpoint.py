@@ -78,10 +78,8 @@ def test_every_text_family_comes_back_as_saved(model_class, config, tmp_path):
     model.save_pretrained(tmp_path)
     opened = open_checkpoint(tmp_path)
     assert same(opened, dict(model.named_parameters()))
-    assert opened.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path)} or (
-        opened.config.hidden_size,
-        opened.config.model_type,
-    ) == (16, config.model_type)
+    assert type(opened.config) is type(config)
+    assert (opened.config.hidden_size, opened.config.architectures) == (16, [model_class.__name__])
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["hub names", "today's names"])
