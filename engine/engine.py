@@ -332,6 +332,7 @@ class Engine:
             if reason is FinishReason.STOP and decision.answer.finish_reason == "length":
                 reason = FinishReason.LENGTH
         request.show_rest(decision.answer.text)
+        _attach_verdicts(request.passes, decision)
         request.reply = Reply(
             id=request.id,
             text=decision.answer.text,
@@ -370,6 +371,7 @@ class Engine:
             record.finished = record.submitted
             raise
         record.prompt_tokens = sequence.prompt_tokens
+        record.candidate = isinstance(step, Generate) and step.candidate
         live = isinstance(step, Generate) and step.live and request.streaming
         request.output = None
         if sequence.sampling is not None and (live or sequence.sampling.stop):
@@ -476,6 +478,13 @@ class Engine:
 def _unguarded(prompt: Prompt) -> Loop:
     answer = yield Generate("mllm", prompt, live=True)
     return Decision(answer, Outcome.UNGUARDED)
+
+
+def _attach_verdicts(passes: list[PassRecord], decision: Decision) -> None:
+    """Give each verdict to the pass whose text it judged: verdicts come in the order of the answers."""
+    answers = [record for record in passes if record.candidate and record.error is None]
+    for record, judged in zip(answers, decision.judged, strict=False):
+        record.verdict = judged.verdict
 
 
 def _logprobs(request: Request, answer: Answer) -> list[list[tuple[int, float]]] | None:

@@ -165,16 +165,17 @@ class PagePool:
                 pages += len(slab.free) - slab.owned
         return pages
 
-    def allocate(self, layout: KVLayout, count: int, after: Page | None = None) -> list[Page] | None:
+    def allocate(self, layout: KVLayout, count: int, after: Page | None = None, room: int = 0) -> list[Page] | None:
         """`count` fresh pages, the caller's alone, or None (and nothing changed) when there are not enough.
 
-        after: the page they continue; adjacent pages are read as one run.
+        after: the page they continue; adjacent pages are read as one run. room: how many pages the caller may
+        come to need from here on, for which it would like to find the neighbors free.
         """
         if count > self.available(layout):
             return None
         pages: list[Page] = []
-        for remaining in range(count, 0, -1):
-            slab, index = self._find(layout, after, remaining)
+        for taken in range(count):
+            slab, index = self._find(layout, after, max(count, room) - taken)
             page = self._take(slab, index, layout)
             pages.append(page)
             after = page
@@ -322,21 +323,21 @@ class PagePool:
             views.append(LayerKV(layer, layer[:heads].unsqueeze(0), layer[heads:].unsqueeze(0)))
         return views
 
-    def _find(self, layout: KVLayout, after: Page | None, wanted: int) -> tuple[int, int]:
+    def _find(self, layout: KVLayout, after: Page | None, room: int) -> tuple[int, int]:
         """Where the next page goes: beside its predecessor, in the widest gap, in a fresh slab, or evict."""
         if after is not None:
             slab, index = self._slab(after), after.index + 1
             if index < len(slab.free) and slab.free[index]:
                 return after.slab, index
         gap = self._widest_gap(layout)
-        fresh = self._free_slab(layout)
-        if gap is not None and (gap[2] >= wanted or fresh is None):
-            number, start, length = gap
-            # Sequences grow: starting in the middle of the gap leaves room behind whoever sits before it.
-            return number, start + (min(length // 2, max(length - wanted, 0)) if start else 0)
+        fresh = None if gap is not None and gap[2] >= room else self._free_slab(layout)
         if fresh is not None:
             self.slabs[fresh] = _Slab(layout, self._pages_per_slab(layout))
             return fresh, 0
+        if gap is not None:
+            number, start, length = gap
+            # Sequences grow: starting in the middle of the gap leaves room behind whoever sits before it.
+            return number, start + (min(length // 2, max(length - room, 0)) if start else 0)
         if self._lru[layout]:
             oldest = next(iter(self._lru[layout]))
             place = oldest.slab, oldest.index

@@ -25,8 +25,8 @@ class Generate:
     """Decode an answer. `sampling=None` takes the request's own parameters.
 
     `label` names the pass in replies and traces ("answer", "caption", "rewrite" …); `timeout` is in seconds
-    from the pass's start. live: its text may leave while it is decoded; nothing guards it. The result is an
-    `Answer`.
+    from the pass's start. live: its text may leave while it is decoded; nothing guards it. candidate: its
+    text is meant for the user, and a verdict may follow. The result is an `Answer`.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Generate:
     sampling: SamplingParams | None = None
     timeout: float | None = None
     live: bool = False
+    candidate: bool = True
 
 
 @dataclass(frozen=True)

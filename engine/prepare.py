@@ -47,9 +47,9 @@ def make_sequence(
         raise BadInput(f"the {step.label} pass has an empty prompt")
     generates = isinstance(step, Generate)
     if count + generates > model.context:
+        room = " and must have room to answer" if generates else ""
         raise PromptTooLong(
-            f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most "
-            f"{model.context - generates:,} and must have room to answer"
+            f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most {model.context - generates:,}{room}"
         )
     limit = count
     if generates:

@@ -61,7 +61,10 @@ class Verdict:
 
 @dataclass
 class PassRecord:
-    """One pass as it ran. Times are seconds since the request was submitted."""
+    """One pass as it ran. Times are seconds since the request was submitted.
+
+    candidate: its text was meant for the user; `verdict` is then what a detector said of it.
+    """
 
     label: str
     model: str
@@ -77,6 +80,7 @@ class PassRecord:
     first_token: float | None = None
     finished: float | None = None
     preemptions: int = 0
+    candidate: bool = False
 
     @property
     def seconds(self) -> float:

@@ -123,7 +123,9 @@ class Scheduler:
         borrowed = [*match.pages, match.partial] if match.partial else match.pages
         pool.retain(borrowed)
         after = match.pages[-1] if match.pages else None
-        fresh = pool.allocate(layout, layout.pages(sequence.num_tokens) - len(match.pages), after)
+        known = len(match.pages)
+        room = layout.pages(sequence.limit) - known
+        fresh = pool.allocate(layout, layout.pages(sequence.num_tokens) - known, after, room)
         if fresh is None:
             pool.release(borrowed)
             return False

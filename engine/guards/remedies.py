@@ -93,7 +93,9 @@ class EyesClosed:
         message = prompts.without_hints(chat.query)
         if chat.images:
             request = self._prompt(prompts.caption(chat.query), chat.images)
-            caption = yield Generate(self.model, request, "caption", self.caption_sampling, self.timeout)
+            caption = yield Generate(
+                self.model, request, "caption", self.caption_sampling, self.timeout, candidate=False
+            )
             hints = prompts.published_text(caption.text) if self.published else caption.text
             if self.published or hints.strip():
                 message = prompts.eyes_closed(chat.query, hints)

@@ -129,6 +129,7 @@ class _Loader:
     def _random(self, name: str, classifier: bool) -> _Loaded:
         config = named_config(name)
         assert config is not None
+        config.num_labels = 1 if classifier else config.num_labels
         parts = _Parts(config, classifier, None, self.device, self.dtype)
         generator = torch.Generator(self.device).manual_seed(0)
         for slot, tensor in parts.slots.items():

@@ -184,12 +184,16 @@ def _llava(text: LlamaConfig, vision: CLIPVisionConfig, image_token: int) -> Lla
 
 
 def _runs() -> Iterator[tuple[str, str]]:
-    """Pairs of tokens to merge, without end: letters with letters first, then each pair with a letter, and so on."""
+    """Pairs of tokens to merge, without end: what spells yes and no, then letters with letters, and so on."""
+    first = [("n", "o"), ("N", "o"), ("y", "e"), ("ye", "s"), ("Y", "e"), ("Ye", "s")]
+    yield from first
+    seen = {left + right for left, right in first}
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     known = letters
     while True:
         longer = []
         for left, right in itertools.product(known, letters):
             longer.append(left + right)
-            yield left, right
+            if left + right not in seen:
+                yield left, right
         known = longer

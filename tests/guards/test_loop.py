@@ -250,8 +250,8 @@ def test_published_ecso_runs_the_four_released_passes(play):
             prompts.vicuna_v1((Untrusted(query),), image),
             sampling=SamplingParams(temperature=0.0, max_tokens=2048),
         ),
-        Generate("mllm", prompts.vicuna_v1(prompts.judge(query, first), image), "judge", GREEDY),
-        Generate("mllm", prompts.vicuna_v1(prompts.caption(query), image), "caption", GREEDY),
+        Generate("mllm", prompts.vicuna_v1(prompts.judge(query, first), image), "judge", GREEDY, candidate=False),
+        Generate("mllm", prompts.vicuna_v1(prompts.caption(query), image), "caption", GREEDY, candidate=False),
         Generate("mllm", prompts.vicuna_v1(prompts.eyes_closed(query, "a cat")), "eyes_closed", GREEDY),
     ]
     assert (decision.answer.text, decision.outcome) == ("second", Outcome.MENDED)
