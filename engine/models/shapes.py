@@ -9,27 +9,22 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from ..errors import CheckpointMismatch, UnknownArchitecture
 from .json_file import read_json
 
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
 NAMED_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "open-llama-3b", "vicuna-7b", "tiny-llava", "tiny-llama")
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _IMAGE = "<image>"
-_PROCESSORS = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil}
 _TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
@@ -122,6 +117,10 @@ def image_processor_for(folder_or_size: str | Path | int) -> CLIPImageProcessorP
     Raises `CheckpointMissing`, `CheckpointTruncated`, `UnknownArchitecture` or `CheckpointMismatch` for a folder
     without a usable one.
     """
+    # importing them takes most of a second, and a text model needs none
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    known = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil}
     if isinstance(folder_or_size, int):
         side = folder_or_size
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -131,9 +130,9 @@ def image_processor_for(folder_or_size: str | Path | int) -> CLIPImageProcessorP
     else:
         settings = read_json(folder / "processor_config.json").get("image_processor", {})
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    found = next((cls for name, cls in _PROCESSORS.items() if str(kind).startswith(name)), None)
+    found = next((cls for name, cls in known.items() if str(kind).startswith(name)), None)
     if found is None:
-        raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(_PROCESSORS)}")
+        raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(known)}")
     try:
         return found.from_dict(settings)
     except (TypeError, ValueError) as error:
