@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as Many
-from pathlib import Path
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from .errors import (
 )
 from .images import ImageLimits
 from .kv_pages import PagePool
-from .models.loader import ModelSet, load_models
+from .models.loader import ModelSet, Source, load_models
 from .models.model import Model
 from .output import OutputText
 from .passes import Answer, Chosen, Decision, Generate, Loop, ModelTraits, Pass, Prompt, Scored
@@ -93,9 +93,9 @@ class Request:
 class Engine:
     """Answers chats with a model, under a guard, many at a time.
 
-    model, detector, detoxifier: a checkpoint folder, a GGUF file, a bundle ("smol") or a named shape with
-    random weights ("tiny-llava" …). A bundle brings its own detector and detoxifier. `models` takes their place
-    when they are loaded already; engines may share them.
+    model, detector, detoxifier: a checkpoint folder, a GGUF file, a bundle ("smol"), a named shape with random
+    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair. A bundle brings its own detector and
+    detoxifier. `models` takes their place when they are loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
     multiplies it, fp32 elsewhere. kv_bytes: size of the page pool; None takes a quarter of what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
@@ -105,9 +105,9 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Path | None = None,
-        detector: str | Path | None = None,
-        detoxifier: str | Path | None = None,
+        model: Source | None = None,
+        detector: Source | None = None,
+        detoxifier: Source | None = None,
         *,
         models: ModelSet | None = None,
         device: str | torch.device | None = None,
@@ -160,13 +160,13 @@ class Engine:
         many = list(chats)
         if many and isinstance(many[0], Mapping):
             raise InvalidMessage("chat() takes a list of chats; put this one chat into a list: [messages]")
-        return self._run_all([lambda one=one: self.submit(one, guard=guard, sampling=sampling) for one in many])
+        return self._run_all(partial(self.submit, one, guard=guard, sampling=sampling) for one in many)
 
     def generate(self, prompts: Any, sampling: SamplingParams | None = None) -> list[Reply]:
         """Continue raw prompts, a list of strings or of lists of token ids, unguarded and without a template."""
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise InvalidMessage("generate() takes a list of prompts: ['…', …] or [[1, 2, 3], …]")
-        return self._run_all([lambda one=one: self.submit_prompt(one, sampling) for one in prompts])
+        return self._run_all(partial(self.submit_prompt, one, sampling) for one in prompts)
 
     def stream(
         self, messages: Any, *, guard: GuardLike | None = None, sampling: SamplingParams | None = None
@@ -269,7 +269,7 @@ class Engine:
 
     # Requests.
 
-    def _run_all(self, submits: list[Callable[[], Request]]) -> list[Reply]:
+    def _run_all(self, submits: Iterable[Callable[[], Request]]) -> list[Reply]:
         requests: list[Request] = []
         try:
             for submit in submits:

@@ -49,7 +49,8 @@ def make_sequence(
     if count + generates > model.context:
         room = " and must have room to answer" if generates else ""
         raise PromptTooLong(
-            f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most {model.context - generates:,}{room}"
+            f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most "
+            f"{model.context - generates:,}{room}"
         )
     limit = count
     if generates:

@@ -154,7 +154,7 @@ def _score(group: Group, batch: Batch, x: Tensor, sums: Tensor) -> list[tuple[Se
     scores = []
     last = group.start - 1
     for work in group.works:
-        last += work.count
+        last += work.length
         sequence, head = work.sequence, work.sequence.model.head
         if head is None or not work.finishes or _wants_logits(sequence):
             continue

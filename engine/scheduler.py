@@ -13,16 +13,16 @@ from .sequence import Sequence
 
 
 class Work(NamedTuple):
-    """`count` tokens of a sequence from position `start` on, to be computed in this step."""
+    """`length` tokens of a sequence from position `start` on, to be computed in this step."""
 
     sequence: Sequence
     start: int
-    count: int
+    length: int
 
     @property
     def finishes(self) -> bool:
         """Whether nothing is left to compute after it."""
-        return self.start + self.count == self.sequence.num_tokens
+        return self.start + self.length == self.sequence.num_tokens
 
 
 class Lane:
@@ -100,7 +100,7 @@ class Scheduler:
         sequence = work.sequence
         size = sequence.table.layout.tokens_per_page
         first = sequence.num_computed // size
-        sequence.num_computed = work.start + work.count
+        sequence.num_computed = work.start + work.length
         for index in range(first, sequence.num_computed // size):
             self._publish(sequence, index, index * size, (index + 1) * size)
 

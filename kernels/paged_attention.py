@@ -25,15 +25,15 @@ class LayerKV(NamedTuple):
 
 
 class SequenceSpan(NamedTuple):
-    """One sequence's part of a batch: `count` query rows from `start` on, the last tokens of its context.
+    """One sequence's part of a batch: `length` query rows from `start` on, the last tokens of its context.
 
     runs: (first row, tokens) of its keys and values in order of position, the new tokens included.
-    mask: [count, context] bool, true where a query may look; None for a single query (it sees all its runs)
+    mask: [length, context] bool, true where a query may look; None for a single query (it sees all its runs)
     and for a first chunk (plain causal).
     """
 
     start: int
-    count: int
+    length: int
     runs: tuple[tuple[int, int], ...]
     mask: Tensor | None = None
 
@@ -52,8 +52,8 @@ def paged_attention(q: Tensor, cache: LayerKV, spans: list[SequenceSpan], scale:
     kv_heads = cache.keys.shape[1]
     outs = []
     for span in spans:
-        queries = q[span.start : span.start + span.count]
-        if span.count == 1:
+        queries = q[span.start : span.start + span.length]
+        if span.length == 1:
             outs.append(_decode(queries, cache, span.runs, scale, kv_heads))
         else:
             outs.append(_prefill(queries, cache, span, scale))
@@ -103,7 +103,7 @@ def _prefill(q: Tensor, cache: LayerKV, span: SequenceSpan, scale: float) -> Ten
         scale=scale,
         enable_gqa=q.shape[1] != keys.shape[1],
     )
-    return out.squeeze(0).transpose(0, 1).reshape(span.count, -1)
+    return out.squeeze(0).transpose(0, 1).reshape(span.length, -1)
 
 
 def causal_mask(count: int, context: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
 from .vision import VisionAdapter
 
+Source: TypeAlias = str | Path | tuple[str | Path, str | Path]
+"""A checkpoint folder, a GGUF file, a bundle, a named shape, or (PEFT adapter, its base)."""
+
 BUNDLES = ("smol",)
 LLAVA = "llava"
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
@@ -36,18 +39,19 @@ class ModelSet:
 
 
 def load_models(
-    model: str | Path,
-    detector: str | Path | None = None,
-    detoxifier: str | Path | None = None,
+    model: Source,
+    detector: Source | None = None,
+    detoxifier: Source | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> ModelSet:
     """Load what an engine needs. Equal sources share one backbone.
 
-    Each is a checkpoint folder, a GGUF file, a bundle or a named shape with random weights. A detector is a
-    sequence classifier with one label, a bundle, or a `.safetensors` file with a head fitted on the MLLM's own
-    weights. A bundle as model brings its own detector and detoxifier.
+    Each is a checkpoint folder (of an adapter: one that names a local base), an (adapter, base) pair, a GGUF file,
+    a bundle or a named shape with random weights. A detector is a sequence classifier with one label, a bundle,
+    or a `.safetensors` file with a head fitted on the MLLM's own weights. A bundle as model brings its own
+    detector and detoxifier.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
@@ -78,7 +82,7 @@ class _Loader:
         self.dtype = dtype
         self._loaded: dict[tuple[str, bool], _Loaded] = {}
 
-    def generator(self, name: str, source: str | Path) -> Model:
+    def generator(self, name: str, source: Source) -> Model:
         loaded = self._load(source, classifier=False)
         decoder, vision = loaded.backbone.decoder, loaded.backbone.vision
         if decoder.head is None:
@@ -95,10 +99,10 @@ class _Loader:
             chat_only=str(source) in BUNDLES,
         )
 
-    def detector(self, name: str, source: str | Path, mllm: Model) -> Model:
+    def detector(self, name: str, source: Source, mllm: Model) -> Model:
         if str(source) in BUNDLES:
             return _probe(name, self.generator(name, source), SMOL_DETECTOR, self.device)
-        if Path(source).suffix == ".safetensors":
+        if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
             return _probe(name, mllm, Path(source), self.device)
         loaded = self._load(source, classifier=True)
         decoder = loaded.backbone.decoder
@@ -109,19 +113,22 @@ class _Loader:
             )
         return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, loaded.score)
 
-    def _load(self, source: str | Path, classifier: bool) -> _Loaded:
+    def _load(self, source: Source, classifier: bool) -> _Loaded:
         """classifier says what a named shape is to be; a checkpoint says itself what it is."""
         named = str(source) in NAMED_SHAPES
-        key = str(source) if named or str(source) in BUNDLES else str(Path(source).resolve())
+        parts = source if isinstance(source, tuple) else (source,)
+        key = (
+            str(source) if named or str(source) in BUNDLES else "+".join(str(Path(part).resolve()) for part in parts)
+        )
         known = self._loaded.get((key, classifier and named))
         if known is None:
             known = self._random(str(source), classifier) if named else self._read(source)
             self._loaded[key, classifier and named] = known
         return known
 
-    def _read(self, source: str | Path) -> _Loaded:
-        path = smol_folder() if str(source) in BUNDLES else Path(source)
-        checkpoint = open_checkpoint(path)
+    def _read(self, source: Source) -> _Loaded:
+        path, base = source if isinstance(source, tuple) else (source, None)
+        checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
         classifier = "score.weight" in checkpoint.shapes
         parts = _Parts(checkpoint.config, classifier, checkpoint.path, self.device, self.dtype)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
