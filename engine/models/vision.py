@@ -54,10 +54,9 @@ class VisionAdapter(nn.Module):
             self.multi_modal_projector = LlavaMultiModalProjector(config).to(dtype).eval()
         self.requires_grad_(False)
         side = config.vision_config.image_size // config.vision_config.patch_size
-        extra = int(
-            config.vision_feature_select_strategy == "full" and hasattr(self._embeddings(), "class_embedding")
-        )
-        self.tokens_per_image = side * side + extra
+        rows = side * side + int(hasattr(self._embeddings(), "class_embedding"))
+        self._crop = 1 if config.vision_feature_select_strategy == "default" else 0
+        self.tokens_per_image = rows - self._crop
         self.weights_hash = b""
         self._prepared: OrderedDict[bytes, PreparedImage] = OrderedDict()
 
@@ -89,8 +88,7 @@ class VisionAdapter(nn.Module):
         """pixels [images, 3, height, width] -> features [images, tokens_per_image, hidden]."""
         states = self.vision_tower(pixels.to(self.device), output_hidden_states=True).hidden_states
         layers = self.config.vision_feature_layer
-        crop = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        chosen = [states[layer][:, crop:] for layer in ([layers] if isinstance(layers, int) else layers)]
+        chosen = [states[layer][:, self._crop :] for layer in ([layers] if isinstance(layers, int) else layers)]
         return self.multi_modal_projector(torch.cat(chosen, -1))
 
     def _embeddings(self) -> nn.Module:
