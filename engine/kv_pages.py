@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Page:
     last_used: int = 0
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class PrefixRoot:
     """Where texts of one layout, one set of weights and one salt begin."""
 
@@ -134,7 +135,8 @@ class PagePool:
         self.slabs: list[_Slab | None] = [None] * count
         self._views = {layout: self._layer_views(layout) for layout in self.layouts}
         self._lru: dict[KVLayout, OrderedDict[Page, None]] = {layout: OrderedDict() for layout in self.layouts}
-        self._roots: dict[Hashable, PrefixRoot] = {}
+        # A root lives as long as a page or a sequence names it: salts may come without end.
+        self._roots: WeakValueDictionary[Hashable, PrefixRoot] = WeakValueDictionary()
         self._clock = 0
         self.evictions = 0
 
