@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import InvalidSampling
 
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, value, items in (
+            ("stop", stop, "a string or a list of strings"),
+            ("stop_token_ids", self.stop_token_ids, "a list of token ids"),
+        ):
+            if value is not None and not isinstance(value, list | tuple | set | frozenset):
+                raise InvalidSampling(f"{name} must be {items}, not {value!r}")
+            object.__setattr__(self, name, tuple(value or ()))
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("top_p", 0.0, 1.0),
@@ -63,6 +69,11 @@ class SamplingParams:
                 raise InvalidSampling(f"{name} must be a finite number, not {value!r}")
             if not low <= value <= high:
                 raise InvalidSampling(f"{name} must be between {low} and {high}, not {value}")
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidSampling(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {self.temperature}: logits divided "
+                "by less are no longer numbers"
+            )
         if self.top_p == 0.0:
             raise InvalidSampling("top_p must be greater than 0: 0 keeps no token at all")
         if self.repetition_penalty == 0.0:
@@ -116,9 +127,12 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | None]:
         if not finite[index]:
             out.append(None)
             continue
-        token = plain[index]
+        token: int | None = plain[index]
         if not params.greedy or params.repetition_penalty != 1.0:
             token = _choose(logits[index].float(), row)
+        if token is None:
+            out.append(None)
+            continue
         if params.logprobs is None:
             out.append(Sampled(token))
             continue
@@ -181,12 +195,16 @@ def uniform(seed: int, pass_index: int, position: int) -> float:
     return (state >> 11) * (1.0 / (1 << 53))
 
 
-def _choose(logits: Tensor, row: SamplerRow) -> int:
+def _choose(logits: Tensor, row: SamplerRow) -> int | None:
+    """The token drawn; None where the processed logits overflow, so that there is no distribution."""
     probs = processed_probs(logits, row.params, row.seen)
     if row.params.greedy:
         return int(probs.argmax())
     cumulative = probs.double().cumsum(-1)
-    draw = uniform(row.seed, row.pass_index, row.position) * float(cumulative[-1])
+    total = float(cumulative[-1])
+    if not isfinite(total):
+        return None
+    draw = uniform(row.seed, row.pass_index, row.position) * total
     index = int(torch.searchsorted(cumulative, draw, right=True))
     # a draw that rounds up to the total falls past the last token with any probability
     return min(index, int(probs.nonzero()[-1]))

@@ -266,7 +266,7 @@ def test_equal_texts_end_up_on_one_page() -> None:
     pool.check_integrity([[first], [first]])
 
 
-@pytest.mark.parametrize("weights, salt", [("other weights", None), ("w", "tenant")])
+@pytest.mark.parametrize(("weights", "salt"), [("other weights", None), ("w", "tenant")])
 def test_texts_of_other_weights_or_another_salt_are_not_found(weights: str, salt: str | None) -> None:
     pool = pool_of(3)
     pages = pool.allocate(WIDE, 1) or []
