@@ -71,8 +71,8 @@ class SamplingParams:
                 raise InvalidSampling(f"{name} must be between {low} and {high}, not {value}")
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             raise InvalidSampling(
-                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {self.temperature}: logits divided "
-                "by less are no longer numbers"
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {self.temperature}: "
+                "logits divided by less are no longer numbers"
             )
         if self.top_p == 0.0:
             raise InvalidSampling("top_p must be greater than 0: 0 keeps no token at all")
