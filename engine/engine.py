@@ -33,8 +33,8 @@ from .kv_pages import PagePool
 from .models.loader import ModelSet, Source, load_models
 from .models.model import Model
 from .output import OutputText
-from .passes import Answer, Chosen, Decision, Generate, Loop, ModelTraits, Pass, Prompt, Scored
-from .prepare import Identity, make_sequence
+from .passes import Answer, Choose, Chosen, Decision, Generate, Loop, ModelTraits, Pass, Prompt, Score, Scored
+from .prepare import Identity, check_characters, make_sequence
 from .request import FinishReason, Outcome, PassRecord, Reply, Trace, Usage
 from .runner import ModelRunner, StepResult
 from .sampling import Sampled, SamplerRow, SamplingParams, sample
@@ -118,6 +118,13 @@ class Engine:
         tokens_per_page: int | None = None,
         image_limits: ImageLimits | None = None,
     ) -> None:
+        for name, value in (
+            ("kv_bytes", kv_bytes),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_sequences", max_sequences),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise BadInput(f"{name} must be a whole number of at least 1, not {value!r}")
         if models is None:
             if model is None:
                 raise BadInput("name a model: a checkpoint folder, a GGUF file, a bundle or a named shape")
@@ -214,8 +221,15 @@ class Engine:
         self, prompt: str | Many[int], sampling: SamplingParams | None = None, *, streaming: bool = False
     ) -> Request:
         """Queue a raw prompt; see `generate`."""
-        codec = self._model("mllm").codec
-        ids = codec.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        model = self._model("mllm")
+        codec = model.codec
+        if isinstance(prompt, str):
+            check_characters(model, len(prompt))
+            ids = codec.encode_text(prompt)
+        elif isinstance(prompt, list | tuple):
+            ids = list(prompt)
+        else:
+            raise InvalidMessage(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
         if not ids:
             raise InvalidMessage("a prompt must have at least one token")
         for token in ids:
@@ -253,13 +267,13 @@ class Engine:
                     work.sequence.record.started = self._request(work.sequence).elapsed
             try:
                 result = self.runner.run(lane, works)
+                for work in works:
+                    self.scheduler.advance(work)
+                self._deliver(result)
             except Exception as error:  # the batch is lost, the engine is not
                 for work in works:
-                    self._fail_pass(work.sequence, PassError(f"{type(error).__name__}: {error}"))
-                continue
-            for work in works:
-                self.scheduler.advance(work)
-            self._deliver(result)
+                    if self._is_under_way(work.sequence):
+                        self._fail_pass(work.sequence, PassError(f"{type(error).__name__}: {error}"))
         self.steps += 1
         return self._finished
 
@@ -291,6 +305,9 @@ class Engine:
         began = perf_counter()
         try:
             self._begin_pass(request, next(loop))
+        except StopIteration as stop:  # decided without any pass
+            self._finish(request, stop.value)
+            return request
         except BaseException:
             loop.close()
             raise
@@ -322,11 +339,16 @@ class Engine:
                 error = TooLong(str(failure))
             except StockadeError as failure:
                 error = PassError(str(failure))
+            except Exception as failure:  # a tokenizer or an image processor fails as it likes
+                error = PassError(f"{type(failure).__name__}: {failure}")
             else:
                 request.overhead += perf_counter() - began
                 return
 
     def _finish(self, request: Request, decision: Decision, reason: FinishReason | None = None) -> Reply:
+        if not isinstance(decision, Decision):
+            why = f"the guard's loop returned {type(decision).__name__}, not a Decision"
+            decision, reason = Decision(Answer(""), Outcome.REFUSED, (), why), FinishReason.ERROR
         if reason is None:
             reason = FinishReason.REFUSED if decision.outcome is Outcome.REFUSED else FinishReason.STOP
             if reason is FinishReason.STOP and decision.answer.finish_reason == "length":
@@ -358,6 +380,8 @@ class Engine:
         return self.models[name]
 
     def _begin_pass(self, request: Request, step: Pass) -> None:
+        if not isinstance(step, Generate | Score | Choose):
+            raise InvalidGuard(f"a guard's loop may yield Generate, Score or Choose, not {step!r}")
         record = PassRecord(step.label, step.model, submitted=request.elapsed)
         request.passes.append(record)
         try:
@@ -366,8 +390,8 @@ class Engine:
             who = Identity(request.id, len(request.passes) - 1, request.seed, request.salt)
             sequence = make_sequence(step, model, who, sampling, record, self.pool, self._page_size)
             self.scheduler.check_fits(sequence.table.layout, sequence.limit)
-        except StockadeError as error:
-            record.error = str(error)
+        except Exception as error:
+            record.error = str(error) or type(error).__name__
             record.finished = record.submitted
             raise
         record.prompt_tokens = sequence.prompt_tokens
@@ -382,6 +406,10 @@ class Engine:
 
     def _request(self, sequence: Sequence) -> Request:
         return self.requests[sequence.order[0]]
+
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        request = self.requests.get(sequence.order[0])
+        return request is not None and request.sequence is sequence
 
     def _end_pass(self, request: Request) -> None:
         """Take the request's sequence out of the scheduler and account for it."""
@@ -496,8 +524,10 @@ def _logprobs(request: Request, answer: Answer) -> list[list[tuple[int, float]]]
 
 
 def _trace(request: Request) -> Trace:
-    first = request.passes[0]
     total = request.elapsed
+    if not request.passes:
+        return Trace(total=total, queued=total, answer=total, overhead=request.overhead)
+    first = request.passes[0]
     answered = total if first.finished is None else first.finished
     return Trace(
         total=total,

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from .chat import Chat
-from .errors import BadInput, ImagesNotSupported, PromptTooLong, TooManyImages
+from .errors import BadInput, ImagesNotSupported, InvalidMessage, PromptTooLong, TooManyImages
 from .kv_pages import PagePool
 from .models.model import Model
 from .passes import Choose, Generate, Pass, Prompt, Score
@@ -45,6 +45,14 @@ def make_sequence(
     count = len(encoded.tokens)
     if not count:
         raise BadInput(f"the {step.label} pass has an empty prompt")
+    decoder = model.backbone.decoder
+    if max(encoded.tokens) >= decoder.config.vocab_size:
+        raise BadInput(
+            f"the {step.label} prompt has token {max(encoded.tokens)}; {model.name} has weights for ids below "
+            f"{decoder.config.vocab_size}"
+        )
+    if not isinstance(step, Score) and (decoder.head is None or model.depth < decoder.depth):
+        raise BadInput(f"{model.name} gives scores only; a {step.label} pass needs a language model")
     generates = isinstance(step, Generate)
     if count + generates > model.context:
         room = " and must have room to answer" if generates else ""
@@ -64,7 +72,7 @@ def make_sequence(
         order=(who.request, who.number),
         model=model,
         record=record,
-        root=pool.root(layout, model.backbone.content_hash, who.salt),
+        root=pool.root(layout, model.backbone.cache_key, who.salt),
         table=BlockTable(layout),
         tokens=encoded.tokens,
         content=encoded.content,
@@ -76,7 +84,7 @@ def make_sequence(
     if isinstance(step, Generate):
         sequence.sampling = sampling
     elif isinstance(step, Choose):
-        sequence.words = tuple(model.codec.variants(word) for word in step.words)
+        sequence.words = tuple(_variants(model, word) for word in step.words)
         if not all(sequence.words):
             raise BadInput(f"{model.name} has no single token for each of {', '.join(step.words)}")
     elif model.head is None:
@@ -86,6 +94,21 @@ def make_sequence(
     if step.timeout is not None:
         sequence.deadline = perf_counter() + step.timeout
     return sequence
+
+
+def check_characters(model: Model, count: int) -> None:
+    """Raise `PromptTooLong` for so many characters that no tokenizer could make them fit: before one tries."""
+    most = model.context * model.codec.longest_token
+    if count > most:
+        raise PromptTooLong(
+            f"the prompt has {count:,} characters; {model.name} takes at most {model.context:,} tokens, which are "
+            f"never more than {most:,} characters"
+        )
+
+
+def _variants(model: Model, word: str) -> tuple[int, ...]:
+    """Tokens that spell a word; a tokenizer may have more ids than the model has rows."""
+    return tuple(id for id in model.codec.variants(word) if id < model.backbone.decoder.config.vocab_size)
 
 
 def _pool_from(model: Model, step: Score, tokens: list[int]) -> int:
@@ -107,14 +130,21 @@ def _encode(model: Model, prompt: Prompt) -> _Encoded:
     if isinstance(prompt, Chat):
         images = prompt.images
         _check_images(model, len(images))
+        check_characters(model, sum(len(message.text) for message in prompt.messages))
         ids = model.codec.encode_chat(prompt)
     else:
         segments = [item for item in prompt if not isinstance(item, int)]
         if not segments:
             ids = [item for item in prompt if isinstance(item, int)]
+            if model.image_token_id in ids:
+                raise InvalidMessage(
+                    f"token {model.image_token_id} ({model.codec.image_token}) stands for an image; a raw prompt is "
+                    "text only, send images in a chat"
+                )
             return _Encoded(ids, ids, ())
         images = tuple(item.image for item in segments if isinstance(item, ImageSegment))
         _check_images(model, len(images))
+        check_characters(model, sum(len(item.text) for item in segments if not isinstance(item, ImageSegment)))
         ids = model.codec.encode(segments, add_special_tokens=True)
     if not images:
         return _Encoded(ids, ids, ())

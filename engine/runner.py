@@ -111,7 +111,8 @@ class ModelRunner:
                 zip(some, backbone.vision.encode(torch.stack([missing[key] for key in some])), strict=True)
             )
         for key, features in encoded.items():
-            self.features.put(key, features)
+            # a row of the batch of its own, so that the cache's bound holds
+            self.features.put(key, features.clone())
         for sequence, start, count in works:
             for placed in sequence.images_between(start, start + count):
                 if placed.image.key in encoded:

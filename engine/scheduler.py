@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .errors import DoesNotFit
-from .kv_pages import KVLayout, PagePool
+from .kv_pages import KVLayout, PagePool, PrefixMatch
 from .models.model import Backbone
 from .sequence import Sequence
 
@@ -89,7 +89,10 @@ class Scheduler:
         while budget and lane.waiting and len(lane.running) < lane.max_sequences:
             sequence = lane.waiting[0]
             if not self._admit(lane, sequence):
-                break
+                if not self._make_way(sequence):
+                    break
+                works = [work for work in works if work.sequence.running]
+                continue
             count = min(sequence.remaining, budget)
             works.append(Work(sequence, sequence.num_computed, count))
             budget -= count
@@ -125,7 +128,13 @@ class Scheduler:
         after = match.pages[-1] if match.pages else None
         known = len(match.pages)
         room = layout.pages(sequence.limit) - known
-        fresh = pool.allocate(layout, layout.pages(sequence.num_tokens) - known, after, room)
+        needed = layout.pages(sequence.num_tokens) - known
+        fresh = pool.allocate(layout, needed, after, room)
+        if fresh is None and match.partial is not None:
+            # the page to copy from may be the very one that is missing
+            pool.release([match.partial])
+            match, borrowed = PrefixMatch(match.pages, None, 0), match.pages
+            fresh = pool.allocate(layout, needed, after, room)
         if fresh is None:
             pool.release(borrowed)
             return False
@@ -158,6 +167,17 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
+
+    def _make_way(self, sequence: Sequence) -> bool:
+        """Preempt the youngest of all lanes for a waiting sequence that is older than everything that runs.
+
+        Without this, younger sequences of other lanes could take turns for ever while it waits for pages.
+        """
+        running = [item for lane in self.lanes for item in lane.running]
+        if not running or min(running, key=_order).order < sequence.order:
+            return False
+        self._preempt(max(running, key=_order))
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and computes again what is gone by the time it returns."""

@@ -181,6 +181,11 @@ class Codec:
         return self._words.get(_bare_word(word), ())
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no text has more of them than this times its tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
     def _words(self) -> dict[str, tuple[int, ...]]:
         ids = [id for id in range(self.vocab_size) if id not in self.special_ids]
         words: dict[str, list[int]] = {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..kv_pages import KVLayout
 from ..text import Codec
-from .decoder import Decoder
+from .decoder import Decoder, rope_parameters
 from .heads import Head
 from .vision import VisionAdapter
 
@@ -18,6 +19,12 @@ class Backbone:
     decoder: Decoder
     content_hash: str
     vision: VisionAdapter | None = None
+
+    @cached_property
+    def cache_key(self) -> str:
+        """All that its keys and values depend on: the weights, and how they are run (rotary scaling, windows …)."""
+        config = self.decoder.config
+        return f"{self.content_hash} {replace(config, rope=None)} {sorted(rope_parameters(config.rope).items())}"
 
 
 @dataclass(frozen=True, eq=False)
