@@ -1,0 +1,160 @@
+"""`stockade bench …`: one small function a measurement. What takes seconds to import is imported where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+    from .machine import Machine
+    from .workload import Sources
+
+app = typer.Typer(
+    help="Measure. Prints a table for people and, as its last line, one JSON document.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[str, typer.Option(help="A bundle (smol), a checkpoint folder or a named shape (tiny-llava).")]
+DetectorOption = Annotated[str | None, typer.Option(help="A classifier's folder, a named shape, or a head file.")]
+DetoxifierOption = Annotated[str | None, typer.Option(help="A language model's folder or a named shape.")]
+DtypeOption = Annotated[str | None, typer.Option(help="bf16 or fp32. (default: bf16 if it is fast)")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Measured repetitions.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Few and short: shows that it works, measures little.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the JSON document here, too.")]
+PromptOption = Annotated[int, typer.Option(min=1, help="Tokens of a question.")]
+SeedOption = Annotated[int, typer.Option(help="Of the questions and of the order in which variants run.")]
+
+Told = Callable[[str, int, int], None]
+
+
+@app.command()
+def overhead(
+    model: ModelOption = "smol",
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    dtype: DtypeOption = None,
+    repeats: RepeatsOption = 5,
+    prompt_tokens: PromptOption = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, a rewrite and a caption.")] = 64,
+    concurrent: Annotated[int, typer.Option(min=1, help="Requests at once, for the throughput.")] = 16,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """What a guard costs: unguarded, this engine's guards, and the published pipelines on `transformers`."""
+    from .overhead import OverheadConfig, run_overhead
+    from .published import Lengths
+
+    if quick:
+        repeats, answer_tokens, concurrent = 1, min(answer_tokens, 8), min(concurrent, 4)
+    lengths = Lengths(answer=answer_tokens, judge=2, caption=answer_tokens, mended=answer_tokens)
+    config = OverheadConfig(repeats, prompt_tokens, lengths, concurrent, min(repeats, 3), seed)
+    _measure(
+        lambda weights, told: run_overhead(weights, config, _dtype(dtype), told), model, detector, detoxifier, json
+    )
+
+
+@app.command()
+def decode(
+    model: ModelOption = "smol",
+    dtype: DtypeOption = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompts at once; repeatable. (default: 1, 16)")
+    ] = None,
+    prompt_tokens: PromptOption = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 128,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose reading is timed.")] = 640,
+    repeats: RepeatsOption = 3,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Tokens per second against `transformers`, and what the machine's memory would allow."""
+    from .decode import DecodeConfig, run_decode
+
+    batches = tuple(batch or (1, 16))
+    if quick:
+        repeats, new_tokens, batches = 1, min(new_tokens, 8), tuple(min(rows, 4) for rows in batches)
+    config = DecodeConfig(tuple(dict.fromkeys(batches)), prompt_tokens, new_tokens, prefill, repeats, seed)
+    _measure(lambda weights, told: run_decode(weights, config, _dtype(dtype), told), model, None, None, json)
+
+
+@app.command()
+def concurrency(
+    model: ModelOption = "smol",
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    dtype: DtypeOption = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests at once, and one after another.")] = 32,
+    guard: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: off, protector, ecso)")] = None,
+    repeats: RepeatsOption = 3,
+    prompt_tokens: PromptOption = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, a rewrite and a caption.")] = 32,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Guarded requests at once against one after another, and what they spend outside forward passes."""
+    from .concurrency import ConcurrencyConfig, run_concurrency
+    from .published import Lengths
+
+    if quick:
+        repeats, answer_tokens, requests = 1, min(answer_tokens, 8), min(requests, 4)
+    lengths = Lengths(answer=answer_tokens, judge=2, caption=answer_tokens, mended=answer_tokens)
+    guards = tuple(dict.fromkeys(guard or ConcurrencyConfig.guards))
+    config = ConcurrencyConfig(requests, guards, repeats, prompt_tokens, lengths, seed)
+    _measure(
+        lambda weights, told: run_concurrency(weights, config, _dtype(dtype), told), model, detector, detoxifier, json
+    )
+
+
+def _measure(
+    run: Callable[[Sources, Told], Any], model: str, detector: str | None, detoxifier: str | None, json: Path | None
+) -> None:
+    from transformers.utils import logging
+
+    from .report import begin, emit
+    from .workload import sources
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console(stderr=True, highlight=False)
+    machine: Machine = begin(console)
+    with sources(model, detector, detoxifier) as weights, _progress(console) as told:
+        report = run(weights, told)
+    emit(report.table(), report.to_dict(), machine, json)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Told]:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done, total=of)
+
+        yield told
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"dtype is one of {', '.join(known)}, not {name}")
+    return None if name is None else known[name]
