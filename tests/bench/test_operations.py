@@ -1,0 +1,182 @@
+"""Hot operations, each held against its reference; `--benchmark-enable` measures them in the shapes of smol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stockade.engine.engine import Engine
+from stockade.engine.kv_pages import KVLayout, PagePool
+from stockade.engine.sampling import SamplingParams, greedy
+from stockade.kernels.linear import Linear
+from stockade.kernels.paged_attention import (
+    LayerKV,
+    SequenceSpan,
+    attention_reference,
+    causal_mask,
+    paged_attention,
+)
+from stockade.kernels.pooled_logit import pooled_logit
+from stockade.kernels.rms_norm import rms_norm, rms_norm_reference
+from stockade.kernels.rope import rope_, rope_angles, rope_reference
+from stockade.kernels.swiglu import swiglu
+
+HIDDEN, FFN, HEADS, KV_HEADS, DIM, VOCAB = 576, 1536, 9, 3, 64, 49152
+DTYPE = torch.bfloat16
+ROWS = pytest.mark.parametrize("rows", [1, 16])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(DTYPE)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 2e-2) -> None:
+    scale = want.double().abs().max()
+    assert (got.double() - want.double()).abs().max() <= tolerance * scale
+
+
+@ROWS
+def test_packed_linear(benchmark: Any, rows: int) -> None:
+    x, weight = random(rows, HIDDEN), random(2 * FFN, HIDDEN)
+    linear = Linear(weight.clone())
+    linear.pack()
+    with torch.inference_mode():
+        close(benchmark(linear, x), F.linear(x.double(), weight.double()))
+
+
+@ROWS
+def test_rms_norm(benchmark: Any, rows: int) -> None:
+    x, weight = random(rows, HIDDEN), random(HIDDEN)
+    with torch.inference_mode():
+        close(benchmark(rms_norm, x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+
+
+@ROWS
+def test_rope(benchmark: Any, rows: int) -> None:
+    x = random(rows, HEADS + KV_HEADS, DIM)
+    cos, sin = rope_angles(torch.arange(rows) + 40, 10000.0 ** -(torch.arange(0, DIM, 2) / DIM), 1.0, DTYPE)
+    want = rope_reference(x, cos, sin)
+    with torch.inference_mode():
+        once = rope_(x.clone(), cos, sin)
+        benchmark(rope_, x, cos, sin)
+    close(once, want)
+
+
+@ROWS
+def test_swiglu(benchmark: Any, rows: int) -> None:
+    gate_up = random(rows, 2 * FFN)
+    gate, up = gate_up.double().chunk(2, -1)
+    with torch.inference_mode():
+        close(benchmark(swiglu, gate_up), F.silu(gate) * up)
+
+
+def cache(rows: int) -> LayerKV:
+    kv = random(2 * KV_HEADS, rows, DIM)
+    return LayerKV(kv, kv[:KV_HEADS].unsqueeze(0), kv[KV_HEADS:].unsqueeze(0))
+
+
+def reference(q: torch.Tensor, layer: LayerKV, spans: list[SequenceSpan]) -> torch.Tensor:
+    outs = []
+    for span in spans:
+        places = torch.cat([torch.arange(row, row + count) for row, count in span.runs])
+        keys, values = (side[0][:, places] for side in (layer.keys, layer.values))
+        outs.append(attention_reference(q[span.start : span.start + span.length], keys, values, DIM**-0.5))
+    return torch.cat(outs)
+
+
+@ROWS
+@pytest.mark.parametrize("runs", [1, 4])
+def test_decode_attention(benchmark: Any, rows: int, runs: int) -> None:
+    """One query a sequence over 1,024 tokens, in one piece or scattered."""
+    length = 1024 // runs
+    layer = cache(2 * 1024 * rows)
+    spans = [
+        SequenceSpan(row, 1, tuple(((2 * (row * runs + run)) * length, length) for run in range(runs)))
+        for row in range(rows)
+    ]
+    q = random(rows, HEADS, DIM)
+    with torch.inference_mode():
+        close(benchmark(paged_attention, q, layer, spans, DIM**-0.5), reference(q, layer, spans))
+
+
+@pytest.mark.parametrize("before", [0, 512])
+def test_prefill_attention(benchmark: Any, before: int) -> None:
+    """A chunk of 512 tokens, alone and behind 512 known ones."""
+    layer = cache(2048)
+    mask = causal_mask(512, before + 512, None, torch.device("cpu"))
+    spans = [SequenceSpan(0, 512, ((64, before + 512),), mask)]
+    q = random(512, HEADS, DIM)
+    with torch.inference_mode():
+        close(benchmark(paged_attention, q, layer, spans, DIM**-0.5), reference(q, layer, spans))
+
+
+def test_pooled_logit(benchmark: Any) -> None:
+    pooled, weight, bias = torch.randn(16, HIDDEN), torch.randn(HIDDEN), torch.randn(1)
+    logit, score = benchmark(pooled_logit, pooled, weight, bias, None, 1e-5)
+    close(logit, pooled.double() @ weight.double() + bias.double(), 1e-5)
+    close(score, torch.sigmoid(logit.double()), 1e-5)
+
+
+@ROWS
+def test_greedy_sampler(benchmark: Any, rows: int) -> None:
+    logits = random(rows, VOCAB)
+    assert torch.equal(benchmark(greedy, logits), logits.argmax(-1))
+
+
+def test_engine_step(benchmark: Any, checkpoint: Callable[[str], Path]) -> None:
+    """One step of a tiny model that decodes for eight requests: everything but large matrices."""
+    engine = Engine(checkpoint("llama-gqa"), device="cpu", dtype=torch.float32, kv_bytes=16 << 20, tokens_per_page=16)
+    sampling = SamplingParams(max_tokens=400, ignore_eos=True)
+    requests = [engine.submit_prompt([5 + number, 6, 7, 8], sampling) for number in range(8)]
+    engine.step()
+    steps = engine.steps
+    benchmark.pedantic(engine.step, rounds=200, warmup_rounds=10)
+    for request in requests:
+        assert request.sequence is not None
+        assert request.sequence.num_tokens == 4 + 1 + engine.steps - steps
+
+
+@pytest.fixture
+def pool() -> tuple[PagePool, KVLayout]:
+    layout = KVLayout(depth=2, kv_heads=KV_HEADS, head_dim=DIM, dtype=DTYPE, tokens_per_page=64)
+    return PagePool(64 << 20, [layout], torch.device("cpu")), layout
+
+
+def test_page_allocation(benchmark: Any, pool: tuple[PagePool, KVLayout]) -> None:
+    """Sixteen pages taken and given back."""
+    pages, layout = pool
+
+    def take_and_give() -> int:
+        taken = pages.allocate(layout, 16)
+        assert taken is not None
+        pages.release(taken)
+        return len({page.row for page in taken})
+
+    assert benchmark(take_and_give) == 16
+    pages.check_integrity()
+    assert pages.owned_pages == 0
+
+
+def test_prefix_match(benchmark: Any, pool: tuple[PagePool, KVLayout]) -> None:
+    """A text of sixteen pages found again, and half a page of another that continues it."""
+    pages, layout = pool
+    text = list(range(1000, 1000 + 16 * 64))
+    taken = pages.allocate(layout, 16)
+    assert taken is not None
+    parent: Any = pages.root(layout, "weights", None)
+    for index, page in enumerate(taken):
+        parent = pages.insert(parent, page, tuple(text[64 * index : 64 * (index + 1)]))
+    pages.release(taken)
+    match = benchmark(pages.match, pages.root(layout, "weights", None), layout, [*text[: 15 * 64 + 32], 7])
+    assert match.pages == taken[:15]
+    assert (match.partial, match.tokens) == (taken[15], 15 * 64 + 32)
+    pages.check_integrity()
