@@ -1,0 +1,344 @@
+"""The command `stockade`: one small function a command. What takes seconds to import is imported where it is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from . import __version__
+from .bench.commands import app as bench_app
+from .engine.errors import BadInput, InvalidGuard, StockadeError
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .engine.guards import Guard
+
+GUARDS = ("off", "protector", "ecso")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", help="Checkpoint folder, GGUF file, bundle or named shape; see `stockade models`."),
+]
+DetectorOption = Annotated[
+    str | None,
+    typer.Option("--detector", help="Like --model, or a head file; an adapter with its base as ADAPTER,BASE."),
+]
+DetoxifierOption = Annotated[str | None, typer.Option("--detoxifier", help="Like --model; ADAPTER,BASE too.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
+GuardOption = Annotated[str, typer.Option("--guard", help="off, protector or ecso.")]
+ThresholdOption = Annotated[
+    float | None, typer.Option("--threshold", help="Harmful is a score below it. (default: the guard's own)")
+]
+PublishedOption = Annotated[
+    bool, typer.Option("--published", help="The guard exactly as its released script, defects included.")
+]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+
+app = typer.Typer(
+    name="stockade",
+    help="Answers from a multimodal language model, with a guard in the engine that lets no harmful answer out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+train_app = typer.Typer(help="Train the parts of a guard.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+app.add_typer(train_app, name="train")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 done with complaints, 2 refused or failed, 130 interrupted."""
+    from .console import error_console, printable
+
+    try:
+        app(arguments)
+    except (StockadeError, OSError) as error:
+        message = Text.assemble(("error: ", "bold red"), printable(str(error)), f"  [{type(error).__name__}]")
+        error_console().print(message, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def guard_named(name: str, threshold: float | None = None, published: bool = False) -> Guard:
+    """The guard of that name. Raises `InvalidGuard` for another name, or a threshold for `off`."""
+    from .engine.guards import Guard
+
+    match name:
+        case "off" if threshold is None and not published:
+            return Guard.off()
+        case "off":
+            raise InvalidGuard("the guard off has no threshold and no published form")
+        case "protector":
+            return Guard.protector(threshold=threshold, published=published)
+        case "ecso":
+            return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
+    raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"stockade {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def demo(
+    questions: Annotated[
+        Path | None, typer.Option("--questions", help="Your own: one a line, or a CSV file with a column `prompt`.")
+    ] = None,
+    model: ModelOption = "smol",
+    guard: Annotated[
+        list[str] | None, typer.Option("--guard", help="A guard to show; may be given again. (default: all)")
+    ] = None,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_tokens: MaxTokensOption = 96,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("demo-out"),
+) -> None:
+    """Answer ordinary and harmful-looking questions without and with guards; show what each guard did and cost."""
+    from .bench.demo import Results, answer_all, demo_questions, draw, read_questions
+    from .console import costs_table, introduction, outcomes_table, question_panel
+
+    asked = demo_questions() if questions is None else read_questions(questions)
+    names = list(dict.fromkeys(["off", *(guard or GUARDS)]))
+    for name in names:
+        if name not in GUARDS:
+            raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
+    console = Console(highlight=False)
+    console.print(introduction(model, len(asked), names))
+    guards = {name: guard_named(name) for name in names}
+    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    results = Results()
+    with console.status("answering …") as status:
+        for number, item in enumerate(answer_all(engine, asked, guards, max_tokens), 1):
+            results.answered.append(item)
+            title = f"{number} of {len(asked)}" + (f", {item.question.kind}" if item.question.kind else "")
+            console.print(question_panel(title, item.question.text, item.replies))
+            status.update(f"answering … {number} of {len(asked)} done")
+    console.print(outcomes_table(results), costs_table(results, "off", str(engine.device)))
+    picture = out / "demo.png"
+    try:
+        draw(results, picture, f"{model} on {engine.device}: where the time of each reply went")
+        console.print(Text.assemble("Picture: ", (str(picture), "bold")))
+    except ImportError:
+        console.print("No picture: matplotlib is not installed (pip install 'stockade[demo]').")
+
+
+@app.command()
+def chat(
+    model: ModelOption = "smol",
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="For the first question; may be given again.")
+    ] = None,
+    guard: GuardOption = "protector",
+    threshold: ThresholdOption = None,
+    published: PublishedOption = False,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    temperature: TemperatureOption = 0.0,
+    max_tokens: MaxTokensOption = 256,
+) -> None:
+    """Talk with a model under a guard. Questions may come from a pipe, one a line."""
+    console = Console(highlight=False)
+    chosen = guard_named(guard, threshold, published)
+    engine = _engine(console, model, detector, detoxifier, device, dtype)
+
+    from .engine.sampling import SamplingParams
+    from .talk import Talk
+
+    talk = Talk(engine, console, chosen, SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    for path in image or ():
+        talk.add_image(str(path))
+    talk.run(guard_named)
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file, or - for stdin.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A file that is made anew, or - for stdout.")],
+    model: ModelOption = "smol",
+    guard: GuardOption = "protector",
+    threshold: ThresholdOption = None,
+    published: PublishedOption = False,
+    image_root: Annotated[
+        Path | None,
+        typer.Option("--image-root", exists=True, file_okay=False, help="Images named by a path must lie in here."),
+    ] = None,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    temperature: TemperatureOption = 0.0,
+    max_tokens: MaxTokensOption = 256,
+    ahead: Annotated[int, typer.Option("--ahead", min=1, help="Requests under way at a time.")] = 64,
+) -> None:
+    """Answer the requests of a JSON-lines file.
+
+    A line is {"prompt": "…"} or {"messages": […]}, with an "id" and "sampling" if wanted. For each one, a line comes
+    out, in their order: id, text, outcome, finish_reason, verdicts, usage, trace, reason, error. A wrong line becomes
+    {"id": …, "error": {"type": …, "message": …}}; the exit code is then 1.
+    """
+    console = Console(stderr=True, highlight=False)
+    if str(source) != "-":
+        if not source.exists() or source.is_dir():
+            raise BadInput(f"{source} is not a file")
+        if target.exists() and target.samefile(source):
+            raise BadInput("IN and OUT are the same file")
+    chosen = guard_named(guard, threshold, published)
+    engine = _engine(console, model, detector, detoxifier, device, dtype)
+
+    import json
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .engine.sampling import SamplingParams
+    from .jsonl import answer_lines, count_lines, read_lines, reading, writing
+
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    failed = 0
+    with reading(source) as lines, writing(target) as out, Progress(*columns, console=console) as progress:
+        task = progress.add_task("answering", total=count_lines(source) if source.is_file() else None)
+        records = answer_lines(
+            engine, read_lines(lines), guard=chosen, sampling=sampling, ahead=ahead, image_root=image_root
+        )
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            out.flush()
+            failed += record["error"] is not None
+            progress.advance(task)
+    if failed:
+        console.print(f"{failed} of the lines failed; their `error` says why", style="yellow")
+        raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """Show what can be given as a model."""
+    from .console import plain_table
+    from .engine.models.decoder import FAMILIES
+    from .engine.models.loader import BUNDLES, LLAVA
+    from .engine.models.shapes import NAMED_SHAPES
+
+    table = plain_table("What --model takes", ["kind", "names", "checked by"])
+    exact = "logits and greedy tokens against transformers on random weights"
+    table.add_row("language models", ", ".join(FAMILIES), exact)
+    table.add_row("vision-language models", f"{LLAVA} (LLaVA-1.5, ShareGPT4V)", exact)
+    table.add_row("detectors", "*ForSequenceClassification with one label, PEFT adapters, head files", exact)
+    table.add_row("bundles", ", ".join(BUNDLES), "the real weights against transformers")
+    table.add_row("named shapes, random weights", ", ".join(NAMED_SHAPES), "for benchmarks and tests")
+    table.add_row("formats", "safetensors, one file or sharded; .bin that holds tensors only; GGUF", "tests of each")
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, what will be used, what is missing and how to get it.
+
+    The exit code is 1 when something that is needed is missing.
+    """
+    from .console import facts_table
+    from .doctor import examine
+
+    console = Console(highlight=False)
+    with console.status("looking …"):
+        found = examine()
+    console.print(facts_table("This machine", found.machine))
+    console.print(facts_table("What will be used", found.used))
+    console.print(facts_table("Packages", found.packages))
+    console.print("All that is needed is there." if found.healthy else "Something that is needed is missing.")
+    if not found.healthy:
+        raise typer.Exit(1)
+
+
+@train_app.command()
+def probe(
+    data: Annotated[Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the data sets.")],
+    out: Annotated[Path, typer.Option("--out", help="The head's file, *.safetensors; its card comes beside it.")],
+    model: ModelOption = "smol",
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", min=1, help="A layer to try; may be given again.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split into parts.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Texts of each kind at most.")] = None,
+) -> None:
+    """Fit a detector's head on a frozen model's hidden states."""
+    from rich.markdown import Markdown
+    from rich.progress import Progress
+
+    from .train.probe import fit_probe
+
+    console = Console(highlight=False)
+    with Progress(console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of)
+            progress.update(tasks[what], completed=done, total=of)
+
+        card = fit_probe(data, out, model=model, layers=layer, seed=seed, limit=limit, progress=told)
+    console.print(Markdown(card.to_markdown()))
+    console.print(f"Written: {out}")
+
+
+# What the commands share.
+
+
+def _engine(
+    console: Console,
+    model: str,
+    detector: str | None,
+    detoxifier: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> Engine:
+    """Load an engine, and say so where somebody is looking. Raises `BadInput` and what `Engine` raises."""
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    with console.status(f"loading {model} …"):
+        import torch
+
+        from .engine.engine import Engine
+
+        return Engine(
+            model,
+            None if detector is None else _source(detector),
+            None if detoxifier is None else _source(detoxifier),
+            device=None if device is None else _device(device),
+            dtype=None if dtype is None else getattr(torch, DTYPES[dtype]),
+        )
+
+
+def _source(text: str) -> str | tuple[str, str]:
+    """ADAPTER,BASE as a pair."""
+    adapter, comma, base = text.partition(",")
+    return (adapter, base) if comma and not Path(text).exists() else text
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if text == "cpu" or (text.startswith("cuda") and torch.cuda.is_available()):
+        return text
+    there = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device here"
+    raise BadInput(f"cannot use the device {text!r}; there is {there}")
