@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    LlavaForConditionalGeneration,
 )
 
 from ..engine.engine import Engine
@@ -128,7 +128,7 @@ def _checkpoint(source: str, work: Path, classifier: bool = False) -> Path:
         build = AutoModelForSequenceClassification.from_config
     elif config.model_type == "llava":
         image_token = config.image_token_id
-        build = LlavaForConditionalGeneration._from_config
+        build = AutoModelForImageTextToText.from_config
         image_processor_for(config.vision_config.image_size).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
