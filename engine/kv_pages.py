@@ -332,13 +332,17 @@ class PagePool:
             if index < len(slab.free) and slab.free[index]:
                 return after.slab, index
         gap = self._widest_gap(layout)
-        fresh = None if gap is not None and gap[2] >= room else self._free_slab(layout)
+        # Whoever sits before the gap grows into it too: a fresh slab is better than a gap too small for both.
+        if gap is None:
+            fresh = self._free_slab()
+            fresh = self._idle_slab(layout) if fresh is None else fresh
+        else:
+            fresh = self._free_slab() if gap[2] < 2 * room else None
         if fresh is not None:
             self.slabs[fresh] = _Slab(layout, self._pages_per_slab(layout))
             return fresh, 0
         if gap is not None:
             number, start, length = gap
-            # Sequences grow: starting in the middle of the gap leaves room behind whoever sits before it.
             return number, start + (min(length // 2, max(length - room, 0)) if start else 0)
         if self._lru[layout]:
             oldest = next(iter(self._lru[layout]))
@@ -358,15 +362,19 @@ class PagePool:
                     best = number, gap.start(), length
         return best
 
-    def _free_slab(self, layout: KVLayout) -> int | None:
-        """A slab nobody owns; failing that one whose pages, of another layout, nobody holds: the idlest."""
-        idle: list[tuple[int, int]] = []
-        for number, slab in enumerate(self.slabs):
-            if slab is None:
-                return number
-            if not slab.owned and slab.layout != layout:
-                idle.append((max(page.last_used for page in slab.cached), number))
-        # Its own cached pages go first: taking a slab from another layout is for when there are none.
+    def _free_slab(self) -> int | None:
+        return next((number for number, slab in enumerate(self.slabs) if slab is None), None)
+
+    def _idle_slab(self, layout: KVLayout) -> int | None:
+        """Take a slab whose pages, of another layout, nobody holds: the idlest.
+
+        Its own cached pages go first: taking a slab from another layout is for when there are none.
+        """
+        idle = [
+            (max(page.last_used for page in slab.cached), number)
+            for number, slab in enumerate(self.slabs)
+            if slab is not None and not slab.owned and slab.layout != layout
+        ]
         if self._lru[layout] or not idle:
             return None
         number = min(idle)[1]

@@ -70,14 +70,19 @@ def _decode(q: Tensor, cache: LayerKV, runs: tuple[tuple[int, int], ...], scale:
             grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale=scale
         )
         return out.reshape(1, -1)
-    parts, weights = [], []
+    out: Tensor | None = None
     for row, count in runs:
-        keys, values = cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count)
-        out, lse = _attend_with_lse(grouped, keys, values, scale)
-        parts.append(out)
-        weights.append(lse)
-    share = torch.stack(weights).softmax(0).unsqueeze(-1)  # [runs, 1, kv_heads, group, 1], fp32
-    return (torch.stack(parts) * share).sum(0).to(q.dtype).reshape(1, -1)
+        part, part_lse = _attend_with_lse(
+            grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale
+        )
+        if out is None:
+            out, lse = part.float(), part_lse
+            continue
+        # a softmax over both is the mean of the two, weighted by their shares of the sum
+        share = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+        out, lse = torch.lerp(out, part.float(), share), torch.logaddexp(lse, part_lse)
+    assert out is not None
+    return out.to(q.dtype).reshape(1, -1)
 
 
 def _attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
