@@ -1,0 +1,249 @@
+"""Heads: the scores of transformers' classifiers, and probes on a shared backbone, however their tokens are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from stockade.engine.engine import Engine, Request
+from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
+from stockade.engine.models.heads import Head, HeadSpec, load_head, save_head
+from stockade.engine.models.loader import ModelSet, load_models
+from stockade.engine.passes import Answer, Choose, Decision, Generate, Score, Scored
+from stockade.engine.request import Outcome
+from stockade.engine.sampling import SamplingParams
+from stockade.engine.text import Segment, Trusted, Untrusted
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them at once "
+TEXTS = ["a", "Hello there.", WORDS, WORDS * 3, "what? " * 40]
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "chunks": {"max_batch_tokens": 7, "max_sequences": 7},
+    "one by one": {"max_batch_tokens": 1, "max_sequences": 1},
+}
+
+
+def only(step: Any, results: list[Any]) -> Any:
+    """A loop of one pass that keeps its result."""
+    results.append((yield step))
+    return Decision(Answer(""), Outcome.UNGUARDED)
+
+
+def run(
+    engine: Engine, steps: Sequence[Any], others: Sequence[list[int]] = (), preempt: bool = False
+) -> tuple[list[Any], list[list[int]]]:
+    """Results of the passes, and the tokens of prompts decoded beside them; clean after every step.
+
+    preempt: twelve times a scoring sequence that is half computed loses its pages, as it does when they run out.
+    """
+    results: list[list[Any]] = [[] for _ in steps]
+    beside = [engine.submit_prompt(prompt, GREEDY) for prompt in others]
+    requests: list[Request] = []
+    for step, result in zip(steps, results, strict=True):
+        requests.append(engine._submit(only(step, result), None, None, False))
+        engine.step()
+        engine.check_integrity()
+    while engine.has_work:
+        half = [item for item in engine.scheduler.sequences() if item.running and item.sampling is None]
+        if preempt and half and engine.scheduler.preemptions < 12:
+            assert 0 < half[0].num_computed < half[0].num_tokens
+            engine.scheduler._preempt(half[0])
+        engine.step()
+        engine.check_integrity()
+    assert engine.pool.owned_pages == 0
+    assert all(lane.free_slots and len(lane.free_slots) == lane.max_sequences for lane in engine.lanes)
+    for request in (*requests, *beside):
+        assert request.reply is not None and not request.reply.error
+    return [result[0] for result in results], [request.reply.token_ids for request in beside if request.reply]
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-dim100", "qwen2", "qwen3", "mistral-window"])
+def test_scores_are_those_of_transformers(
+    kind: str, options: dict[str, Any], checkpoint: Callable[[str], Path]
+) -> None:
+    folder = checkpoint(f"classifier-{kind}")
+    engine = Engine(
+        checkpoint("llama-mha-tied"), folder, dtype=torch.float32, kv_bytes=16 << 20, tokens_per_page=16, **options
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
+    scores, _ = run(engine, [Score("detector", (Untrusted(text),)) for text in TEXTS])
+    codec = engine.models["detector"].codec
+    for text, scored in zip(TEXTS, scores, strict=True):
+        with torch.inference_mode():
+            want = torch.sigmoid(model(torch.tensor([codec.encode_text(text)])).logits[0, 0])
+        assert isinstance(scored, Scored)
+        assert scored.score == pytest.approx(float(want), abs=1e-5)
+
+
+# --- probes on the MLLM's own backbone, at another depth than the answers beside them ---
+
+
+def probe(models: ModelSet, layer: int, pooling: str, norm: bool) -> ModelSet:
+    generator = torch.Generator().manual_seed(layer)
+    mllm = models.models["mllm"]
+    head = Head(
+        HeadSpec(layer, pooling, norm=norm),  # type: ignore[arg-type]
+        torch.randn(64, generator=generator) * 0.05,
+        torch.tensor([0.3]),
+        torch.rand(64, generator=generator) + 0.5 if norm else None,
+        1e-5,
+    )
+    detector = replace(mllm, name="detector", depth=layer, head=head)
+    return ModelSet({"mllm": mllm, "detector": detector}, models.device, models.dtype)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint: Callable[[str], Path]) -> ModelSet:
+    return load_models(checkpoint("llama-gqa"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Callable[[str], Path]) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa"), dtype=torch.float32).eval()
+
+
+def expected(reference: Any, models: ModelSet, segments: tuple[Segment, ...], pool_from: int) -> float:
+    """One whole forward pass of transformers, hooked after the head's layer."""
+    model = models.models["detector"]
+    head = model.head
+    assert head is not None
+    ids = model.codec.encode(segments, add_special_tokens=True)
+    states: list[torch.Tensor] = []
+    hook = reference.model.layers[head.spec.layer - 1].register_forward_hook(
+        lambda module, given, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.inference_mode():
+        reference(torch.tensor([ids]))
+    hook.remove()
+    rows = states[0].reshape(len(ids), -1).double()
+    context = len(model.codec.encode(segments[:pool_from], add_special_tokens=True)) if pool_from else 0
+    pooled = rows[-1] if head.spec.pooling == "last" else rows[context:].mean(0)
+    if head.norm_weight is not None:
+        pooled = pooled * (pooled.pow(2).mean() + head.norm_eps).rsqrt() * head.norm_weight.double()
+    return float(torch.sigmoid((pooled * head.weight.double()).sum() + 0.3))
+
+
+CASES: list[tuple[tuple[Segment, ...], int]] = [
+    ((Untrusted("What a day!"),), 0),
+    ((Trusted("Question: "), Untrusted("Why?"), Trusted("\n\nAnswer: "), Untrusted(WORDS)), 3),
+    ((Trusted("Question: "), Untrusted(WORDS * 2), Trusted("\n\nAnswer: "), Untrusted("No.")), 3),
+    ((Trusted("Question: "), Untrusted(WORDS * 2), Trusted("\n\nAnswer: "), Untrusted("Yes, it is.")), 3),
+    ((Untrusted(WORDS * 3),), 0),
+    ((Trusted("A: "), Untrusted("x" * 45)), 1),
+]
+
+
+@pytest.mark.parametrize("options", [*VARIANTS.values(), {"preempt": True}], ids=[*VARIANTS, "preempted"])
+@pytest.mark.parametrize(
+    ("layer", "pooling", "norm"),
+    [(1, "mean", False), (2, "mean", True), (3, "mean", False), (2, "last", False), (3, "last", True)],
+)
+def test_probes_equal_one_whole_pass_beside_answers_of_another_depth(
+    models: ModelSet, reference: torch.nn.Module, layer: int, pooling: str, norm: bool, options: dict[str, Any]
+) -> None:
+    both = probe(models, layer, pooling, norm)
+    preempt = options == {"preempt": True}
+    if preempt:
+        options = {"max_batch_tokens": 20, "max_sequences": 8}
+    engine = Engine(models=both, kv_bytes=16 << 20, tokens_per_page=16, **options)
+    others = [[5, 6, 7], list(range(10, 60)), [9] * 20]
+    want_tokens = [reply.token_ids for reply in Engine(models=models, kv_bytes=16 << 20).generate(others, GREEDY)]
+    cases = CASES * 2  # the second time there are prefix hits, up to the first pooled token
+    scores, tokens = run(engine, [Score("detector", text, start) for text, start in cases], others, preempt)
+    assert tokens == want_tokens
+    for (text, start), scored in zip(cases, scores, strict=True):
+        assert scored.score == pytest.approx(expected(reference, both, text, start), abs=1e-5)
+    assert engine.scheduler.preemptions == (12 if preempt else 0)
+
+
+def test_context_before_the_pooled_text_comes_from_the_pool(models: ModelSet) -> None:
+    engine = Engine(models=probe(models, 2, "mean", False), kv_bytes=16 << 20, tokens_per_page=16)
+    text, start = CASES[2]
+    step = Score("detector", text, start)
+    first = engine._submit(only(step, []), None, None, False)
+    while engine.has_work:
+        engine.step()
+    second = engine._submit(only(step, []), None, None, False)
+    while engine.has_work:
+        engine.step()
+    context = len(engine.models["detector"].codec.encode(text[:start], add_special_tokens=True))
+    assert first.passes[0].cached_tokens == 0 and second.passes[0].cached_tokens == context
+
+
+@pytest.mark.parametrize("step", [Generate("detector", (5, 6)), Choose("detector", (5, 6), ("a", "b"))])
+def test_a_model_that_scores_only_is_not_asked_to_speak(models: ModelSet, step: Any) -> None:
+    engine = Engine(models=probe(models, 2, "mean", False), kv_bytes=16 << 20)
+    with pytest.raises(ValueError, match="detector gives scores only"):
+        engine._submit(only(step, []), None, None, False)
+    with pytest.raises(ValueError, match="mllm has no head to score with"):
+        engine._submit(only(Score("mllm", (Untrusted("a"),)), []), None, None, False)
+    assert not engine.has_work
+
+
+# --- the file ---
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_saved_head_is_read_back(norm: bool, tmp_path: Path) -> None:
+    spec = HeadSpec(3, "mean", norm=norm, template="question_answer", threshold=0.25, backbone_hash="abc")
+    head = Head(spec, torch.randn(8), torch.tensor([0.5]), torch.ones(8) if norm else None, 1e-5)
+    save_head(head, tmp_path / "head.safetensors", licence="none")
+    again = load_head(tmp_path / "head.safetensors")
+    assert again.spec == spec and again.norm_eps == 1e-5
+    pooled = torch.randn(4, 8)
+    assert torch.equal(again.score(pooled), head.score(pooled))
+
+
+def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    with pytest.raises(CheckpointMissing, match="no head at"):
+        load_head(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointTruncated, match="not a safetensors file"):
+        load_head(path)
+    save_file({"weight": torch.zeros(4)}, path)
+    with pytest.raises(CheckpointMismatch, match="not a head saved by this package"):
+        load_head(path)
+    head = Head(HeadSpec(1, "mean"), torch.zeros(4))
+    save_head(head, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(CheckpointTruncated):
+        load_head(path)
+    save_head(replace(head, weight=torch.zeros(2, 2)), path)
+    with pytest.raises(CheckpointMismatch, match="does not describe"):
+        load_head(path)
+    save_head(replace(head, norm_weight=torch.zeros(4)), path)
+    with pytest.raises(CheckpointMismatch, match="does not describe"):
+        load_head(path)
+
+
+@pytest.mark.parametrize("given", [{"layer": 0}, {"pooling": "max"}, {"template": "poem"}])
+def test_a_head_that_cannot_be_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointMismatch, match="layer >= 1, pooling last or mean and one of the templates"):
+        HeadSpec(**{"layer": 1, "pooling": "mean", **given})
+
+
+@pytest.mark.parametrize(
+    ("spec", "width", "message"),
+    [
+        (HeadSpec(2, "mean"), 32, "a head for 32 features after layer 2; the model has 64 features and 3 layers"),
+        (HeadSpec(4, "mean"), 64, "after layer 4; the model has 64 features and 3 layers"),
+        (HeadSpec(2, "mean", backbone_hash="other"), 64, "was fitted on other weights"),
+    ],
+)
+def test_a_head_of_another_model_is_refused(
+    spec: HeadSpec, width: int, message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "head.safetensors"
+    save_head(Head(spec, torch.zeros(width)), path)
+    with pytest.raises(CheckpointMismatch, match=message):
+        load_models(checkpoint("llama-gqa"), path, dtype=torch.float32)
