@@ -269,6 +269,7 @@ class Engine:
                 result = self.runner.run(lane, works)
                 for work in works:
                     self.scheduler.advance(work)
+                self._expire()  # a result that comes too late is none
                 self._deliver(result)
             except Exception as error:  # the batch is lost, the engine is not
                 for work in works:
@@ -439,22 +440,25 @@ class Engine:
     def _deliver(self, result: StepResult) -> None:
         """Turn a step's logits and scores into tokens and results, and resume the loops that waited for them."""
         for sequence, score in result.scores:
+            if not self._is_under_way(sequence):
+                continue
             assert sequence.model.head is not None
             request = self._request(sequence)
             self._end_pass(request)
             self._resume(request, Scored(score, sequence.model.head.spec.threshold))
         if result.logits is None:
             return
+        alive = [(index, s) for index, s in enumerate(result.sequences) if self._is_under_way(s)]
         rows = [
             SamplerRow(s.sampling, s.tokens, s.seed, s.order[1], s.num_tokens - s.prompt_tokens)
-            for s in result.sequences
+            for _, s in alive
             if s.sampling is not None
         ]
-        choosing = [index for index, s in enumerate(result.sequences) if s.sampling is None]
-        generating = [index for index, s in enumerate(result.sequences) if s.sampling is not None]
+        choosing = [index for index, s in alive if s.sampling is None]
+        generating = [index for index, s in alive if s.sampling is not None]
         for index in choosing:
             self._chosen(result.sequences[index], result.logits[index])
-        logits = result.logits if not choosing else result.logits[generating]
+        logits = result.logits if len(generating) == len(result.logits) else result.logits[generating]
         if generating:
             for index, sampled in zip(generating, sample(logits, rows), strict=True):
                 self._sampled(result.sequences[index], sampled)

@@ -1,4 +1,4 @@
-"""Images: the same logits and tokens as transformers, keys and values of an image computed once, and never mixed up."""
+"""Images: the logits and tokens of transformers; an image's keys and values computed once, and never mixed up."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from stockade.engine.passes import Answer
 from stockade.engine.request import Reply
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
-from tests.conftest import IMAGE_TOKEN
 from transformers import LlavaForConditionalGeneration
+
+from tests.conftest import IMAGE_TOKEN
 
 PAGE = 16
 ROWS = 16  # of one image
@@ -261,7 +262,7 @@ def test_more_images_than_the_context_holds(models: ModelSet) -> None:
     engine = new(models, image_limits=ImageLimits(max_images=100))
     with pytest.raises(TooManyImages, match="32 images in one chat; mllm takes at most 31"):
         engine.chat([chat("What?", *[PICTURES[0]] * 32)])
-    with pytest.raises(PromptTooLong, match="has 5.. tokens; mllm takes at most 511"):
+    with pytest.raises(PromptTooLong, match=r"has 5.. tokens; mllm takes at most 511"):
         engine.chat([chat("What?", *[PICTURES[0]] * 31)])
     with pytest.raises(TooManyImages, match="more than 16 images"):
         new(models).chat([chat("What?", *[PICTURES[0]] * 17)])

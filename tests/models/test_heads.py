@@ -1,4 +1,4 @@
-"""Heads: the scores of transformers' classifiers, and probes on a shared backbone, however their tokens are computed."""
+"""Heads: the scores of transformers' classifiers, and probes on a shared backbone, however they are computed."""
 
 from __future__ import annotations
 
