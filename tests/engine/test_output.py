@@ -1,4 +1,4 @@
-"""The text of a sequence while it is decoded: pieces, stop strings, and nothing of a stop string before it is sure."""
+"""The text of a sequence while it is decoded: pieces, stop strings, and never a part of one."""
 
 from __future__ import annotations
 
