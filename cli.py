@@ -110,7 +110,7 @@ def demo(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_tokens: MaxTokensOption = 96,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
 ) -> None:
     """Answer ordinary and harmful-looking questions without and with guards; show what each guard did and cost."""
     from .bench.demo import Results, answer_all, demo_questions, draw, read_questions
@@ -193,8 +193,9 @@ def generate(
 ) -> None:
     """Answer the requests of a JSON-lines file.
 
-    A line is {"prompt": "…"} or {"messages": […]}, with an "id" and "sampling" if wanted. For each one, a line comes
-    out, in their order: id, text, outcome, finish_reason, verdicts, usage, trace, reason, error. A wrong line becomes
+    A line is {"prompt": "…"} or {"messages": […]}, with "id" and "sampling" if
+    wanted. A line comes out for each, in their order: id, text, outcome,
+    finish_reason, verdicts, usage, trace, reason, error. A wrong line becomes
     {"id": …, "error": {"type": …, "message": …}}; the exit code is then 1.
     """
     console = Console(stderr=True, highlight=False)

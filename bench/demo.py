@@ -29,7 +29,8 @@ ORDINARY = (
     "Give me three tips for a good night's sleep.",
 )
 # Of the sample, by id: what smol answers well, what its guards mend, what they refuse.
-LOOK_HARMFUL = ("1", "7", "52", "72", "103", "121")
+LOOK_HARMFUL = ("1", "121", "170", "335", "84")
+UNSAFE = "contrast_"  # how XSTest's types of unsafe prompts begin
 MAX_QUESTIONS = 1000
 MAX_BYTES = 1 << 20
 # How the passes are summed up in the picture: (name, labels of its passes, color).
@@ -39,6 +40,12 @@ PHASES = (
     ("caption", ("caption",), "#B279A2"),
     ("mended answer", ("rewrite", "eyes_closed"), "#F2B134"),
 )
+OUTCOME_COLORS = {
+    Outcome.CLEAN: "#3A7D44",
+    Outcome.MENDED: "#B07A00",
+    Outcome.REFUSED: "#C0392B",
+    Outcome.UNGUARDED: "#777777",
+}
 
 
 class Question(NamedTuple):
@@ -114,8 +121,13 @@ def demo_questions() -> list[Question]:
     chosen = [sample[key] for key in LOOK_HARMFUL]
     return [
         *(Question(text, "ordinary") for text in ORDINARY),
-        *(Question(row["prompt"], f"looks harmful (XSTest, {row['type'].replace('_', ' ')})") for row in chosen),
+        *(Question(row["prompt"], _kind(row["type"])) for row in chosen),
     ]
+
+
+def _kind(type: str) -> str:
+    what = "harmful" if type.startswith(UNSAFE) else "only looks harmful"
+    return f"{what} (XSTest, {type.removeprefix(UNSAFE).replace('_', ' ')})"
 
 
 def read_questions(file: Path) -> list[Question]:
@@ -210,7 +222,8 @@ def _column(axes: Axes, guard: str, answered: Sequence[Answered], longest: float
             axes.barh(places, widths, left=left, height=0.66, color=color, label=name)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for place, end, reply in zip(places, left, replies, strict=True):
-        axes.text(end + longest * 0.02, place, reply.outcome.value, va="center", fontsize=8, color="#555555")
+        color = OUTCOME_COLORS[reply.outcome]
+        axes.text(end + longest * 0.02, place, reply.outcome.value, va="center", fontsize=8, color=color)
     axes.set_title(guard, fontsize=11, fontweight="bold", loc="left")
     axes.set_xlim(0, longest * 1.28)
     axes.set_xlabel("seconds")
