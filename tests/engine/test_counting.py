@@ -7,7 +7,6 @@ each token looks back exactly `REACH` tokens, across pages, and the next token i
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch

@@ -158,6 +158,10 @@ class Pages(RuleBasedStateMachine):
         self.pool.clear_cache()
         assert self.pool.cached_pages == 0
         self.published.clear()
+        for text in self.texts:  # what is held stays findable
+            size = text.layout.tokens_per_page
+            for stop in range(size, text.computed + 1, size):
+                self.published.setdefault((text.layout, text.salt), []).append(text.tokens[:stop])
 
     def publish(self, text: Text, index: int, stop: int) -> None:
         start = index * text.layout.tokens_per_page

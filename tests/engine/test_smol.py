@@ -54,12 +54,10 @@ def test_twenty_prompts_give_the_tokens_of_transformers() -> None:
     replies = engine.chat(QUESTIONS, sampling=SamplingParams(max_tokens=24, ignore_eos=True))
     for question, reply in zip(QUESTIONS, replies, strict=True):
         messages = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(text, return_tensors="pt")["input_ids"]
         if "<|im_end|>" in question:  # transformers would read the user's text as a special token
-            ids["input_ids"] = torch.tensor([engine.models["mllm"].codec.encode_chat(Chat.single(question))])
-        prompt = ids["input_ids"]
+            prompt = torch.tensor([engine.models["mllm"].codec.encode_chat(Chat.single(question))])
         out = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=0
         )
