@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.paged_attention import LayerKV, SequenceSpan, causal_mask
+from ..kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, Span, causal_mask
 from .kv_pages import PagePool
 from .scheduler import Work
 
@@ -26,7 +26,7 @@ class Group:
     works: list[Work]
     layers: list[LayerKV]
     write_rows: Tensor
-    spans: dict[int | None, list[SequenceSpan]]
+    spans: dict[int | None, list[Span]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,18 @@ class Batch:
     pool_slots: Tensor | None
 
 
+def in_batch_order(works: list[Work]) -> list[Work]:
+    """By falling depth; in each depth the decoding ones first, those of one size beside each other by place."""
+
+    def key(work: Work) -> tuple[int, bool, int, int]:
+        pages = work.sequence.table.pages
+        return -work.sequence.model.depth, work.length > 1, len(pages), pages[0].row
+
+    return sorted(works, key=key)
+
+
 def build_batch(works: list[Work], pool: PagePool, windows: tuple[int | None, ...], device: torch.device) -> Batch:
-    """works must be ordered by falling depth of their model. windows: one entry a layer of the backbone."""
+    """works: as ordered by `in_batch_order`. windows: one entry a layer of the backbone."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -79,14 +89,49 @@ def build_batch(works: list[Work], pool: PagePool, windows: tuple[int | None, ..
     )
 
 
-def _spans(works: list[Work], window: int | None, device: torch.device) -> list[SequenceSpan]:
-    spans = []
+def _spans(works: list[Work], window: int | None, device: torch.device) -> list[Span]:
+    spans: list[Span] = []
     row = 0
-    for sequence, start, count in works:
+    index = 0
+    while index < len(works):
+        group = _decode_group(works[index:], row) if window is None else None
+        if group is not None:
+            spans.append(group)
+            row += group.sequences
+            index += group.sequences
+            continue
+        sequence, start, count = works[index]
         # keys before the first query's window are seen by nobody
         first = 0 if window is None else max(0, start - window + 1)
         stop = start + count
         mask = causal_mask(count, stop - first, window, device) if count > 1 else None
         spans.append(SequenceSpan(row, count, sequence.table.runs(first, stop), mask))
         row += count
+        index += 1
     return spans
+
+
+def _decode_group(works: list[Work], start: int) -> DecodeGroup | None:
+    """The longest group at the head of `works`: decoding, one run each, equally many pages, one distance apart."""
+    rows: list[int] = []
+    pages = len(works[0].sequence.table.pages)
+    for work in works:
+        table = work.sequence.table
+        if work.length > 1 or len(table.pages) != pages or len(table.runs(0, work.start + 1)) > 1:
+            break
+        row = table.pages[0].row
+        if len(rows) > 1 and row - rows[-1] != rows[1] - rows[0]:
+            break
+        rows.append(row)
+    if len(rows) < 2:
+        return None
+    layout = works[0].sequence.table.layout
+    device = works[0].sequence.model.backbone.decoder.device
+    lengths = [work.start + 1 for work in works[: len(rows)]]
+    longest = max(lengths)
+    mask = None
+    if min(lengths) < longest:
+        beyond = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device).unsqueeze(1)
+        mask = torch.zeros(len(rows), longest, dtype=layout.dtype, device=device)
+        mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]
+    return DecodeGroup(start, len(rows), rows[0], rows[1] - rows[0], longest, mask)

@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..kernels.huge_pages import prefer
 from ..kernels.paged_attention import LayerKV
 from .errors import DoesNotFit, StockadeError
 
@@ -98,11 +99,15 @@ class PrefixMatch(NamedTuple):
 
 
 class _Slab:
-    """A slab while a layout owns it. `free` has one byte a page, 1 = free."""
+    """A slab while a layout owns it. `free` has one byte a page, 1 = free.
+
+    hoped_for: for a held page, up to where its sequence hopes to grow; others begin there only in need.
+    """
 
     def __init__(self, layout: KVLayout, pages: int) -> None:
         self.layout = layout
         self.free = bytearray(b"\x01" * pages)
+        self.hoped_for: dict[int, int] = {}
         self.cached: set[Page] = set()
         self.owned = 0
 
@@ -132,7 +137,12 @@ class PagePool:
                 f"{len(self.layouts) * self.slab_bytes:,} bytes"
             )
         self.arena = torch.empty(count * self.slab_bytes, dtype=torch.uint8, device=device)
+        prefer(self.arena)
+        # On the CPU sequences of unequal length are read in one call, the shorter ones up to the end of their last
+        # page behind a mask; a mask does not stop a NaN, so the rest of a page must hold numbers.
+        self._zero_fresh = device.type == "cpu"
         self.slabs: list[_Slab | None] = [None] * count
+        self._all_rows = {layout: self._rows(layout) for layout in self.layouts}
         self._views = {layout: self._layer_views(layout) for layout in self.layouts}
         self._lru: dict[KVLayout, OrderedDict[Page, None]] = {layout: OrderedDict() for layout in self.layouts}
         # A root lives as long as a page or a sequence names it: salts may come without end.
@@ -148,7 +158,7 @@ class PagePool:
 
     def copy_tokens(self, source: Page, target: Page, tokens: int) -> None:
         """Copy the first `tokens` tokens of a page, all layers at once."""
-        rows = self._rows(source.layout)
+        rows = self._all_rows[source.layout]
         rows[:, target.row : target.row + tokens] = rows[:, source.row : source.row + tokens]
 
     # Pages.
@@ -177,8 +187,11 @@ class PagePool:
             return None
         pages: list[Page] = []
         for taken in range(count):
-            slab, index = self._find(layout, after, max(count, room) - taken)
-            page = self._take(slab, index, layout)
+            room_left = max(count, room) - taken
+            number, index = self._find(layout, after, room_left)
+            page = self._take(number, index, layout)
+            if after is None or (after.slab, after.index + 1) != (number, index):
+                self._slab(page).hoped_for[index] = index + room_left
             pages.append(page)
             after = page
         return pages
@@ -203,6 +216,7 @@ class PagePool:
                 continue
             slab = self._slab(page)
             slab.owned -= 1
+            slab.hoped_for.pop(page.index, None)
             page.last_used = self._clock
             if page.content is None:
                 self._free(page)
@@ -321,29 +335,28 @@ class PagePool:
     def _layer_views(self, layout: KVLayout) -> list[LayerKV]:
         heads = layout.kv_heads
         views = []
-        for layer in self._rows(layout).split(2 * heads):
+        for layer in self._all_rows[layout].split(2 * heads):
             views.append(LayerKV(layer, layer[:heads].unsqueeze(0), layer[heads:].unsqueeze(0)))
         return views
 
     def _find(self, layout: KVLayout, after: Page | None, room: int) -> tuple[int, int]:
-        """Where the next page goes: beside its predecessor, in the widest gap, in a fresh slab, or evict."""
+        """Where the next page goes: beside its predecessor, where there is room, anywhere, or evict."""
         if after is not None:
             slab, index = self._slab(after), after.index + 1
             if index < len(slab.free) and slab.free[index]:
                 return after.slab, index
-        gap = self._widest_gap(layout)
-        # Whoever sits before the gap grows into it too: a fresh slab is better than a gap too small for both.
-        if gap is None:
-            fresh = self._free_slab()
-            fresh = self._idle_slab(layout) if fresh is None else fresh
-        else:
-            fresh = self._free_slab() if gap[2] < 2 * room else None
+        place = self._gap(layout, room)
+        if place is not None:
+            return place
+        fresh = self._free_slab()
+        if fresh is None:
+            place = self._gap(layout, 1) or self._gap(layout, 1, hopes=False)
+            if place is not None:
+                return place
+            fresh = self._idle_slab(layout)
         if fresh is not None:
             self.slabs[fresh] = _Slab(layout, self._pages_per_slab(layout))
             return fresh, 0
-        if gap is not None:
-            number, start, length = gap
-            return number, start + (min(length // 2, max(length - room, 0)) if start else 0)
         if self._lru[layout]:
             oldest = next(iter(self._lru[layout]))
             place = oldest.slab, oldest.index
@@ -351,16 +364,22 @@ class PagePool:
             return place
         raise PoolCorrupted("pages were promised that are not there")
 
-    def _widest_gap(self, layout: KVLayout) -> tuple[int, int, int] | None:
-        best: tuple[int, int, int] | None = None
+    def _gap(self, layout: KVLayout, pages: int, hopes: bool = True) -> tuple[int, int] | None:
+        """The first place with so many free pages in a row, that nobody hopes for unless `hopes` is False.
+
+        First come, first placed: sequences of one size then lie at one distance, and are read in one call.
+        """
+        wanted = re.compile(b"\x01{%d}" % pages)
         for number, slab in enumerate(self.slabs):
             if slab is None or slab.layout != layout:
                 continue
-            for gap in re.finditer(b"\x01+", bytes(slab.free)):
-                length = gap.end() - gap.start()
-                if best is None or length > best[2]:
-                    best = number, gap.start(), length
-        return best
+            free = bytearray(slab.free)
+            if hopes:
+                for start, stop in slab.hoped_for.items():
+                    free[start : min(stop, len(free))] = bytes(min(stop, len(free)) - start)
+            if gap := wanted.search(free):
+                return number, gap.start()
+        return None
 
     def _free_slab(self) -> int | None:
         return next((number for number, slab in enumerate(self.slabs) if slab is None), None)
@@ -389,6 +408,8 @@ class PagePool:
         slab.free[index] = 0
         slab.owned += 1
         row = number * (self.slab_bytes // layout.row_bytes) + index * layout.tokens_per_page
+        if self._zero_fresh:
+            self._all_rows[layout][:, row : row + layout.tokens_per_page] = 0
         return Page(layout, number, index, row)
 
     def _evict_subtree(self, page: Page) -> None:

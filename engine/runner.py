@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.pooled_logit import pool_add
-from .batch import Batch, Group, build_batch
+from .batch import Batch, Group, build_batch, in_batch_order
 from .kv_pages import PagePool
 from .models.model import Backbone
 from .models.vision import FeatureCache
@@ -57,7 +57,7 @@ class ModelRunner:
         backbone = lane.backbone
         decoder = backbone.decoder
         self._encode_images(backbone, works)
-        works = sorted(works, key=lambda work: -work.sequence.model.depth)
+        works = in_batch_order(works)
         batch = build_batch(works, self.pool, decoder.config.windows, decoder.device)
         sums = self._sums[id(lane)]
         for work in works:

@@ -6,7 +6,8 @@ one call of torch's flash kernel and no copy, a scattered one a call per run and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +39,42 @@ class SequenceSpan(NamedTuple):
     mask: Tensor | None = None
 
 
+class DecodeGroup(NamedTuple):
+    """Consecutive query rows from `start` on, one a sequence, whose keys and values lie at one distance.
+
+    row: first row of the first sequence; step: rows from one sequence to the next. length: of the longest
+    context; every sequence owns as many rows. mask: [length of the group, 1, 1, length] to add to the scores, in
+    the queries' dtype; None where all contexts are equally long.
+    """
+
+    start: int
+    sequences: int
+    row: int
+    step: int
+    length: int
+    mask: Tensor | None = None
+
+
+Span: TypeAlias = SequenceSpan | DecodeGroup
+
+
 def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor) -> None:
     """Store kv [tokens, 2 * kv_heads, head_dim] (keys first) at `rows` [tokens] of the pool."""
     cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
 
 
-def paged_attention(q: Tensor, cache: LayerKV, spans: list[SequenceSpan], scale: float) -> Tensor:
+def paged_attention(q: Tensor, cache: LayerKV, spans: Sequence[Span], scale: float) -> Tensor:
     """Causal attention of each span's queries over its own runs.
 
-    q: [tokens, heads, head_dim], in the order of `spans`, which cover all rows. Query heads are grouped:
+    q: [tokens, heads, head_dim], in the order of `spans`, which cover all rows once. Query heads are grouped:
     head h reads key head h // (heads / kv_heads). Returns [tokens, heads * head_dim].
     """
     kv_heads = cache.keys.shape[1]
     outs = []
     for span in spans:
+        if isinstance(span, DecodeGroup):
+            outs.append(_decode_group(q, cache, span, scale, kv_heads))
+            continue
         queries = q[span.start : span.start + span.length]
         if span.length == 1:
             outs.append(_decode(queries, cache, span.runs, scale, kv_heads))
@@ -83,6 +106,21 @@ def _decode(q: Tensor, cache: LayerKV, runs: tuple[tuple[int, int], ...], scale:
         out, lse = torch.lerp(out, part.float(), share), torch.logaddexp(lse, part_lse)
     assert out is not None
     return out.to(q.dtype).reshape(1, -1)
+
+
+def _decode_group(q: Tensor, cache: LayerKV, group: DecodeGroup, scale: float, kv_heads: int) -> Tensor:
+    queries = q[group.start : group.start + group.sequences]
+    shape = (group.sequences, kv_heads, group.length, q.shape[-1])
+    keys, values = (_every(side, shape, group) for side in (cache.keys, cache.values))
+    grouped = queries.view(group.sequences, kv_heads, -1, q.shape[-1])
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
+    return out.reshape(group.sequences, -1)
+
+
+def _every(side: Tensor, shape: tuple[int, ...], group: DecodeGroup) -> Tensor:
+    """The keys or values of all sequences of a group, [sequences, kv_heads, length, head_dim], where they lie."""
+    _, head, row, _ = side.stride()
+    return side.as_strided(shape, (group.step * row, head, row, 1), side.storage_offset() + group.row * row)
 
 
 def _attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

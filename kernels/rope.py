@@ -11,8 +11,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: [tokens, 1, head_dim] in x's dtype: from `rope_angles` (sin carries the sign of each half).
     """
-    half = x.shape[-1] // 2
-    swapped = x.unflatten(-1, (2, half)).flip(-2).flatten(-2)
+    swapped = x.roll(x.shape[-1] // 2, -1)
     return x.mul_(cos).addcmul_(swapped, sin)
 
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [rows, 2 * width], gate first -> [rows, width]."""
-    gate, up = gate_up.chunk(2, -1)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up [rows, width] -> [rows, width]."""
     return F.silu(gate).mul_(up)
