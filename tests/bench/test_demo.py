@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
 from stockade.bench.demo import (
     LOOK_HARMFUL,
     ORDINARY,

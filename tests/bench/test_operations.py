@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from stockade.engine.engine import Engine
 from stockade.engine.kv_pages import KVLayout, PagePool
 from stockade.engine.sampling import SamplingParams, greedy

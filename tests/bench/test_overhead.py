@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from stockade.bench.commands import app
 from stockade.bench.decode import weight_bytes
 from stockade.bench.machine import this_machine
@@ -21,7 +23,6 @@ from stockade.engine.errors import BadInput
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams
-from typer.testing import CliRunner
 
 LENGTHS = Lengths(answer=5, judge=2, caption=4, mended=3)
 GUARDED = (

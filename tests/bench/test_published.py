@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from stockade.bench import published
 from stockade.bench.published import (
     Classifier,
@@ -29,8 +31,6 @@ from stockade.engine.engine import Engine
 from stockade.engine.guards import Guard
 from stockade.engine.models.heads import Head, HeadSpec, save_head
 from stockade.engine.request import Outcome, Reply
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from tests.conftest import BASE, IMAGE_TOKEN, save_tokenizer, scatter_norms, tiny_llava
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "published-prompts.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from stockade.engine.chat import Chat, Message
 from stockade.engine.errors import (
     EmptyChat,

@@ -10,11 +10,12 @@ import random
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from stockade.engine.engine import Engine
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.sampling import SamplingParams
-from transformers import LlamaConfig, LlamaForCausalLM
 
 REACH = 37
 VOCAB, WIDTH = 384, 64

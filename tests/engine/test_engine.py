@@ -21,12 +21,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from PIL import Image
+from transformers import AutoModelForCausalLM
+
 from stockade.engine.engine import Engine, Request
 from stockade.engine.guards import Guard
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.request import FinishReason, Outcome, Reply
 from stockade.engine.sampling import SamplingParams
-from transformers import AutoModelForCausalLM
 
 PAGE = 16
 DEFAULT: dict[str, Any] = {"kv_bytes": 16 << 20, "tokens_per_page": PAGE}

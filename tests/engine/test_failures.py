@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
+
 from stockade.engine import errors
 from stockade.engine.chat import Chat
 from stockade.engine.engine import Engine
@@ -20,7 +22,6 @@ from stockade.engine.passes import Answer, Choose, Decision, Generate, Score
 from stockade.engine.request import FinishReason, Outcome
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
-from transformers import AutoTokenizer
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from stockade.engine.errors import (
     AnimatedImage,
     ImageTooLarge,

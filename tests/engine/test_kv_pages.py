@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from stockade.engine.errors import DoesNotFit
 from stockade.engine.kv_pages import KVLayout, Page, PagePool, PoolCorrupted
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
 from stockade.engine.chat import Chat
 from stockade.engine.engine import Engine
 from stockade.engine.errors import ImagesNotSupported, InvalidMessage, PromptTooLong, TooManyImages
@@ -23,8 +25,6 @@ from stockade.engine.passes import Answer
 from stockade.engine.request import Reply
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
-from transformers import LlavaForConditionalGeneration
-
 from tests.conftest import IMAGE_TOKEN
 
 PAGE = 16

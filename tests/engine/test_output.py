@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.output import OutputText
 from stockade.engine.text import Codec

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from stockade.engine.engine import Engine
-from stockade.engine.passes import Score, Scored
 from stockade.engine.sampling import SamplingParams
-from stockade.engine.text import Untrusted
 from tests.conftest import FAMILIES
 
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from stockade.engine.engine import Engine
 from stockade.engine.errors import DoesNotFit
 from stockade.engine.guards import Guard

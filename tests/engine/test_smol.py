@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from stockade.engine.chat import Chat
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMissing
 from stockade.engine.models.bundles import smol_folder, smol_gguf
 from stockade.engine.sampling import SamplingParams
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from stockade.engine.chat import Chat, Message
 from stockade.engine.errors import CheckpointMismatch, ImagesNotSupported, InvalidMessage
 from stockade.engine.images import load_image
 from stockade.engine.text import Codec, ImageSegment, Segment, Trusted, Untrusted, segments_text
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 RED = load_image(Image.new("RGB", (4, 4), (200, 0, 0)))
 BLUE = load_image(Image.new("RGB", (4, 4), (0, 0, 200)))

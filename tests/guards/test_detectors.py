@@ -4,6 +4,7 @@ import math
 
 import pytest
 from PIL import Image
+
 from stockade.engine.chat import Chat
 from stockade.engine.errors import InvalidGuard
 from stockade.engine.guards import HarmHead, SelfJudge, prompts

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
 from stockade.engine.chat import Chat
 from stockade.engine.errors import Aborted, InvalidGuard, PassError, PassTimeout, TooLong, UnknownModel
 from stockade.engine.guards import (

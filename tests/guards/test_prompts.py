@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from stockade.engine.guards import prompts
 from stockade.engine.guards.detectors import published_unsafe
 from stockade.engine.images import load_image

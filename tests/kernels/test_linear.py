@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from stockade.kernels.linear import Linear, can_pack
 
 SHAPES = [(1, 1), (7, 100), (96, 64), (33, 576), (130, 48)]

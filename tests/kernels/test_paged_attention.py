@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stockade.kernels.paged_attention import (
     LayerKV,
     SequenceSpan,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from stockade.kernels.pooled_logit import pool_add, pooled_logit
 
 

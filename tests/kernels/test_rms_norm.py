@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from stockade.kernels.rms_norm import rms_norm, rms_norm_reference
 
 SHAPES = [(1, 1), (1, 576), (7, 100), (3, 5, 24), (0, 64), (33, 4096)]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from stockade.kernels.rope import rope_, rope_angles, rope_reference
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from stockade.kernels.rope import rope_, rope_angles, rope_reference
 
 SHAPES = [(1, 1, 2), (5, 3, 64), (9, 2, 100), (4, 7, 24), (0, 2, 8)]
 

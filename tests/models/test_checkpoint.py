@@ -9,6 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
 from stockade.engine.errors import (
     CheckpointMismatch,
     CheckpointMissing,
@@ -24,19 +38,6 @@ from stockade.engine.models.shapes import (
     image_processor_for,
     named_config,
     random_tensor,
-)
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 SHAPE = {

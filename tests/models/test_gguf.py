@@ -6,10 +6,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
 from stockade.engine.errors import CheckpointError, CheckpointMismatch, CheckpointTruncated, UnknownArchitecture
 from stockade.engine.models.checkpoint import open_checkpoint
 from stockade.engine.models.gguf_file import GgufFile
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SHAPE = {
     "vocab_size": 64,

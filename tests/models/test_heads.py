@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from stockade.engine.engine import Engine, Request
 from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 from stockade.engine.models.heads import Head, HeadSpec, load_head, save_head
@@ -18,7 +20,6 @@ from stockade.engine.passes import Answer, Choose, Decision, Generate, Score, Sc
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Segment, Trusted, Untrusted
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them at once "
 TEXTS = ["a", "Hello there.", WORDS, WORDS * 3, "what? " * 40]

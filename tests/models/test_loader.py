@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointError, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from stockade.engine.models.loader import load_models

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
 from stockade.train.data import DataInvalid, DataMissing, Kind, Part, Source, read_examples, sizes
 
 FILES = (

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput
 from stockade.engine.models.heads import load_head
@@ -19,7 +21,6 @@ from stockade.train.card import Candidate, Card
 from stockade.train.data import DataInvalid, Kind, read_examples, sizes
 from stockade.train.features import pooled_states
 from stockade.train.probe import auroc, choose, fit_logistic, fit_probe, threshold_at
-from transformers import AutoModelForCausalLM
 
 TEXTS = ["one", "a little more text", "and something longer than the others: " + "word " * 40]
 PLAIN = [
