@@ -307,7 +307,7 @@ class PagePool:
             for content, child in node.children.items():
                 _expect(child.parent is node and child.content == content, "a page and its parent disagree")
                 if isinstance(node, Page):
-                    _expect(node.refs >= child.refs or node.refs > 0, "a page is held but its parent is not")
+                    _expect(node.refs >= child.refs, "a page is held more often than its parent")
                 reachable.add(child)
                 stack.append(child)
         _expect(cached <= reachable, "a cached page cannot be found")

@@ -25,7 +25,7 @@ class Generate:
     """Decode an answer. `sampling=None` takes the request's own parameters.
 
     `label` names the pass in replies and traces ("answer", "caption", "rewrite" …); `timeout` is in seconds
-    from the pass's start. live: its text may leave while it is decoded; nothing guards it. candidate: its
+    from when the pass is asked for, waiting included. live: its text may leave while it is decoded; nothing guards it. candidate: its
     text is meant for the user, and a verdict may follow. The result is an `Answer`.
     """
 
