@@ -24,9 +24,9 @@ Prompt: TypeAlias = "Chat | tuple[Segment, ...] | tuple[int, ...]"
 class Generate:
     """Decode an answer. `sampling=None` takes the request's own parameters.
 
-    `label` names the pass in replies and traces ("answer", "caption", "rewrite" …); `timeout` is in seconds
-    from when the pass is asked for, waiting included. live: its text may leave while it is decoded; nothing guards it. candidate: its
-    text is meant for the user, and a verdict may follow. The result is an `Answer`.
+    `label` names the pass in replies and traces ("answer", "caption", "rewrite" …). timeout: seconds from when the
+    pass is asked for, waiting included. live: its text may leave while it is decoded; nothing guards it.
+    candidate: its text is meant for the user, and a verdict may follow. The result is an `Answer`.
     """
 
     model: str
