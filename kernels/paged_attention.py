@@ -93,19 +93,17 @@ def _decode(q: Tensor, cache: LayerKV, runs: tuple[tuple[int, int], ...], scale:
             grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale=scale
         )
         return out.reshape(1, -1)
-    out: Tensor | None = None
-    for row, count in runs:
+    (row, count), *others = runs
+    part, lse = _attend_with_lse(grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale)
+    merged = part.float()
+    for row, count in others:
         part, part_lse = _attend_with_lse(
             grouped, cache.keys.narrow(2, row, count), cache.values.narrow(2, row, count), scale
         )
-        if out is None:
-            out, lse = part.float(), part_lse
-            continue
         # a softmax over both is the mean of the two, weighted by their shares of the sum
         share = torch.sigmoid(part_lse - lse).unsqueeze(-1)
-        out, lse = torch.lerp(out, part.float(), share), torch.logaddexp(lse, part_lse)
-    assert out is not None
-    return out.to(q.dtype).reshape(1, -1)
+        merged, lse = torch.lerp(merged, part.float(), share), torch.logaddexp(lse, part_lse)
+    return merged.to(q.dtype).reshape(1, -1)
 
 
 def _decode_group(q: Tensor, cache: LayerKV, group: DecodeGroup, scale: float, kv_heads: int) -> Tensor:
