@@ -121,5 +121,4 @@ class ModelTraits(NamedTuple):
     chat_only: bool = False
 
 
-PassResult: TypeAlias = "Answer | Scored | Chosen"
 Loop: TypeAlias = "Generator[Pass, Any, Decision]"

@@ -11,7 +11,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from stockade.engine.engine import Engine
-from stockade.engine.models.shapes import byte_tokenizer, image_processor_for
+from stockade.engine.models.shapes import byte_tokenizer, image_processor_for, named_config
 
 VOCAB = 384
 IMAGE_TOKEN = 383
@@ -122,18 +121,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def tiny_llava(folder: Path) -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        projection_dim=32,
-    )
+    eyes = named_config("tiny-llava")
+    assert eyes is not None
     config = LlavaConfig(
         text_config=LlamaConfig(**BASE),
-        vision_config=vision,
+        vision_config=eyes.vision_config,
         image_token_index=IMAGE_TOKEN,
         image_seq_length=16,
         vision_feature_layer=-2,
