@@ -397,7 +397,7 @@ class Engine:
             raise
         record.prompt_tokens = sequence.prompt_tokens
         record.candidate = isinstance(step, Generate) and step.candidate
-        live = isinstance(step, Generate) and step.live and request.streaming
+        live = isinstance(step, Generate) and step.release == "live" and request.streaming
         request.output = None
         if sequence.sampling is not None and (live or sequence.sampling.stop):
             request.output = OutputText(model.codec.detokenizer(), sequence.sampling.stop)
@@ -508,7 +508,7 @@ class Engine:
 
 
 def _unguarded(prompt: Prompt) -> Loop:
-    answer = yield Generate("mllm", prompt, live=True)
+    answer = yield Generate("mllm", prompt, release="live")
     return Decision(answer, Outcome.UNGUARDED)
 
 

@@ -15,6 +15,7 @@ class Outcome(StrEnum):
     MENDED = "mended"  # a remedy's answer went out
     REFUSED = "refused"  # the refusal text went out
     UNGUARDED = "unguarded"  # no guard was asked for
+    FLAGGED = "flagged"  # judged harmful and shown all the same: only where release="audit" was asked for
 
 
 class FinishReason(StrEnum):
@@ -57,6 +58,18 @@ class Verdict:
             return self.error
         word = "harmless" if self.harmless else "harmful"
         return f"{word}: {self.score:.3f} against {self.threshold:.3f}"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """In a stream: what was shown so far is not the answer; `text` takes its place.
+
+    released: what had already been shown. reason: why.
+    """
+
+    text: str
+    released: str
+    reason: str
 
 
 @dataclass

@@ -213,7 +213,7 @@ def guarded(chat: Chat, guard: Guard) -> Loop:
 def _first_answer(chat: Chat, guard: Guard) -> Generator[Pass, Any, Answer]:
     script = guard.released
     if script is None:
-        return (yield Generate("mllm", chat, live=guard.detector is None))
+        return (yield Generate("mllm", chat, release="live" if guard.detector is None else "hold"))
     prompt = script.conversation((Untrusted(chat.query),), chat.images)
     answer = yield Generate("mllm", prompt, sampling=script.sampling)
     return answer._replace(text=script.tidy(answer.text))

@@ -64,7 +64,7 @@ def refused(decision: Decision, reason: str, text: str = prompts.REFUSAL) -> boo
 
 def test_off_returns_the_answer_as_it_is(play):
     decision, passes = play(guarded(CHAT, Guard.off()), FIRST)
-    assert passes == [Generate("mllm", CHAT, live=True)]
+    assert passes == [Generate("mllm", CHAT, release="live")]
     assert (decision.answer, decision.outcome, decision.verdicts) == (FIRST, Outcome.UNGUARDED, [])
 
 
