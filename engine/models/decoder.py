@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.huge_pages import collapse
 from ...kernels.linear import Linear
+from ...kernels.lora import ActiveAdapters
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import rope_, rope_angles
 from ...kernels.swiglu import swiglu
@@ -184,20 +185,45 @@ class Decoder:
         """positions [n] -> (cos, sin) [n, 1, head_dim]."""
         return rope_angles(positions, self._inv_freq, self._rope_scaling, self.dtype)
 
-    def block(self, index: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: ATTEND) -> Tensor:
-        """Run one layer over x [n, hidden], in place. `attend` stores the new keys and values and attends."""
+    def block(
+        self,
+        index: int,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: ATTEND,
+        adapters: ActiveAdapters | None = None,
+    ) -> Tensor:
+        """Run one layer over x [n, hidden], in place. `attend` stores the new keys and values and attends.
+
+        adapters: the rows with an adapter; it knows the layer's maps as "qkv", "o", "gate", "up" and "down".
+        """
         layer, config = self.layers[index], self.config
         heads, kv_heads = config.heads, config.kv_heads
-        qkv = layer.qkv(rms_norm(x, layer.input_norm, config.norm_eps))
+        h = rms_norm(x, layer.input_norm, config.norm_eps)
+        qkv = layer.qkv(h)
+        if adapters is not None:
+            adapters.add_(index, "qkv", qkv, h)
         qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
         rotated = qkv[:, : heads + kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
             rotated[:, :heads] = rms_norm(rotated[:, :heads], layer.q_norm, config.norm_eps)
             rotated[:, heads:] = rms_norm(rotated[:, heads:], layer.k_norm, config.norm_eps)
         rope_(rotated, *angles)
-        x += layer.o(attend(index, qkv))
+        attended = attend(index, qkv)
+        o = layer.o(attended)
+        if adapters is not None:
+            adapters.add_(index, "o", o, attended)
+        x += o
         h = rms_norm(x, layer.post_norm, config.norm_eps)
-        x += layer.down(swiglu(layer.gate(h), layer.up(h)))
+        gate, up = layer.gate(h), layer.up(h)
+        if adapters is not None:
+            adapters.add_(index, "gate", gate, h)
+            adapters.add_(index, "up", up, h)
+        wide = swiglu(gate, up)
+        down = layer.down(wide)
+        if adapters is not None:
+            adapters.add_(index, "down", down, wide)
+        x += down
         return x
 
     def logits(self, x: Tensor) -> Tensor:
