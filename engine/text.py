@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tokenizers import Tokenizer
 
-from .chat import Chat
+from .chat import Chat, Message
 from .detokenizer import ByteStream, Detokenizer, WindowStream
 from .errors import CheckpointMismatch, ImagesNotSupported, InvalidMessage
 from .images import LoadedImage
@@ -137,6 +137,18 @@ class Codec:
         has_bos = bool(bos and segments and isinstance(segments[0], Trusted) and segments[0].text.startswith(bos))
         return self.encode(segments, add_special_tokens=self.template_adds_specials and not has_bos)
 
+    def encode_next_turn(self, message: str) -> list[int]:
+        """The ids that follow an answer's text when the user sends another message and the model is to answer again.
+
+        Raises `InvalidMessage` where the template cannot tell.
+        """
+        turns = (Message("user", ("a",)), Message("assistant", ("b",)), Message("user", (message,)))
+        segments = self.segments(Chat(turns))
+        texts = [index for index, part in enumerate(segments) if isinstance(part, Untrusted)]
+        if len(texts) < 3:
+            raise InvalidMessage("a further message needs a text")
+        return self.encode(segments[texts[-2] + 1 :], add_special_tokens=False)
+
     def encode(self, segments: Sequence[Segment], *, add_special_tokens: bool) -> list[int]:
         """The ids of the joined segments; each image is one image token.
 
@@ -144,24 +156,47 @@ class Codec:
         Raises `ImagesNotSupported`, and `InvalidMessage` if untrusted text cannot be kept apart or trusted text
         holds a placeholder without an image.
         """
-        count = sum(isinstance(part, ImageSegment) for part in segments)
-        if count and self.image_token is None:
-            raise ImagesNotSupported("this model reads text only; send the prompt without images")
-        text, untrusted = "", bytearray()  # [len(text)], 1 where a character is untrusted
-        for part in segments:
-            piece = str(self.image_token) if isinstance(part, ImageSegment) else _encodable(part.text)
-            text += piece
-            untrusted += (b"\1" if isinstance(part, Untrusted) else b"\0") * len(piece)
+        text, untrusted = self.join(segments)
         ids, found = self._tokenize(text, add_special_tokens)
         if any(_touches(text, untrusted, special) for special in found):
             ids = self._encode_apart(text, untrusted, add_special_tokens)
-        if self.image_id is not None and ids.count(self.image_id) != count:
+        images = sum(isinstance(part, ImageSegment) for part in segments)
+        if self.image_id is not None and ids.count(self.image_id) != images:
             raise InvalidMessage(f"{self.image_token} stands in trusted text; give every image as an ImageSegment")
         return ids
 
+    def join(self, segments: Iterable[Segment]) -> tuple[str, bytearray]:
+        """What `encode` encodes: the joined text, and a 1 for every character of it that is untrusted.
+
+        Raises `ImagesNotSupported`.
+        """
+        text, untrusted = "", bytearray()
+        for part in segments:
+            if isinstance(part, ImageSegment) and self.image_token is None:
+                raise ImagesNotSupported("this model reads text only; send the prompt without images")
+            piece = str(self.image_token) if isinstance(part, ImageSegment) else encodable(part.text)
+            text += piece
+            untrusted += (b"\1" if isinstance(part, Untrusted) else b"\0") * len(piece)
+        return text, untrusted
+
+    def tokens(self, text: str, untrusted: bytearray, begins: bool, apart: bool) -> tuple[list[Token], bool]:
+        """The tokens of one stretch of a joined text, none added around them, and whether untrusted text in it
+        spells special tokens. Such a prompt is encoded apart, all of it: so are its other stretches (`apart`).
+
+        `begins`: the stretch begins the prompt. Elsewhere the first tokens may differ from the whole text's.
+        Raises `InvalidMessage` if untrusted text cannot be kept apart.
+        """
+        if not apart:
+            out = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            tokens = [Token(id, start, end) for id, (start, end) in zip(out.ids, out.offsets, strict=True)]
+            special = (token for token in tokens if token.id in self.special_ids)
+            if not any(_touches(text, untrusted, token) for token in special):
+                return tokens, False
+        return self._tokens_apart(text, untrusted, begins), True
+
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokenizer's own ids of a raw prompt, which is trusted as it is."""
-        return self._tokenize(_encodable(text), add_special_tokens)[0]
+        return self._tokenize(encodable(text), add_special_tokens)[0]
 
     # Ids to text.
 
@@ -251,7 +286,7 @@ class Codec:
 
     # Special tokens.
 
-    def _tokenize(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[_Special]]:
+    def _tokenize(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[Token]]:
         """The tokenizer's ids of a text, and the special tokens it found spelled in it."""
         out = self.tokenizer(
             text,
@@ -265,35 +300,39 @@ class Codec:
             out["input_ids"], out["offset_mapping"], out["special_tokens_mask"], strict=True
         ):
             if id in self.special_ids and not added:
-                found.append(_Special(id, start, end))
+                found.append(Token(id, start, end))
         return out["input_ids"], found
 
     def _encode_apart(self, text: str, untrusted: bytearray, add_special_tokens: bool) -> list[int]:
-        """Encode a text whose untrusted part spells special tokens: only those of the trusted parts become ids.
+        """Encode a text whose untrusted part spells special tokens: only those of the trusted parts become ids."""
+        before, after = self.frame if add_special_tokens else ([], [])
+        return [*before, *(token.id for token in self._tokens_apart(text, untrusted, True)), *after]
 
-        The text between them goes through a copy of the tokenizer that knows no special token at all.
-        """
-        before, after = self._frame if add_special_tokens else ([], [])
-        ids, at = list(before), 0
+    def _tokens_apart(self, text: str, untrusted: bytearray, begins: bool) -> list[Token]:
+        """The special tokens of the trusted parts; the text between them goes through a copy of the tokenizer
+        that knows no special token at all."""
+        tokens: list[Token] = []
+        at = 0
         for run in re.finditer(rb"\0+", untrusted):
             for id, start, end in self._tokenize(text[run.start() : run.end()], False)[1]:
                 start, end = run.start() + start, run.start() + end
                 spelled = text[start:end].strip() == self.tokenizer.convert_ids_to_tokens(id)
                 if start == end or (id == self._plain.unknown_id and not spelled):
                     continue  # not a special token but a character the vocabulary lacks
-                ids += [*self._plain_ids(text[at:start], at), id]
+                tokens += [*self._plain_tokens(text, at, start, begins), Token(id, start, end)]
                 at = end
-        return ids + self._plain_ids(text[at:], at) + after
+        return tokens + self._plain_tokens(text, at, len(text), begins)
 
-    def _plain_ids(self, text: str, at: int) -> list[int]:
-        """The ids of a plain text that begins at offset `at` of the prompt."""
-        if not text:
+    def _plain_tokens(self, text: str, start: int, end: int, begins: bool) -> list[Token]:
+        """The tokens of `text[start:end]` as plain text; `begins`: the text begins the prompt."""
+        if start == end:
             return []
-        plain = self._plain.first if at == 0 else self._plain.later
-        ids = plain.encode(text, add_special_tokens=False).ids
-        if self._forbidden.intersection(ids):
+        plain = self._plain.first if begins and start == 0 else self._plain.later
+        out = plain.encode(text[start:end], add_special_tokens=False)
+        if self._forbidden.intersection(out.ids):
             raise InvalidMessage("a text cannot be encoded without special tokens of the model; leave them out")
-        return ids
+        spans = zip(out.ids, out.offsets, strict=True)
+        return [Token(id, start + left, start + right) for id, (left, right) in spans]
 
     @cached_property
     def _plain(self) -> _PlainTokenizers:
@@ -307,7 +346,7 @@ class Codec:
         return self.special_ids - {self._plain.unknown_id} | (self.special_ids & roles)
 
     @cached_property
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens the tokenizer adds before and after a text."""
         out = self.tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
         ids, added = out["input_ids"], out["special_tokens_mask"]
@@ -316,15 +355,15 @@ class Codec:
         return ids[:before], ids[len(ids) - after :]
 
 
-class _Special(NamedTuple):
-    """A special token spelled in a text, and its characters."""
+class Token(NamedTuple):
+    """A token of a text, and its characters there."""
 
     id: int
     start: int
     end: int
 
 
-def _touches(text: str, untrusted: bytearray, special: _Special) -> bool:
+def _touches(text: str, untrusted: bytearray, special: Token) -> bool:
     """Whether a special token was spelled with untrusted characters; blanks it swallowed beside it do not count."""
     span = slice(special.start, special.end)
     return not text[span] or any(
@@ -372,6 +411,6 @@ def _bare_word(text: str) -> str:
     return text.strip().strip("\u2581").strip().lower()
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Lone surrogates, which no UTF-8 can hold, become replacement characters."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
