@@ -167,6 +167,7 @@ class Stream(NamedTuple):
     content: tuple[int, ...]
     images: tuple[PlacedImage, ...]
     prompt_tokens: int
+    label: str = ""  # of the pass that generated it
 
 
 class Screened(NamedTuple):
