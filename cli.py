@@ -142,6 +142,44 @@ def demo(
 
 
 @app.command()
+def profile(
+    model: ModelOption = "smol",
+    guard: GuardOption = "protector",
+    questions: Annotated[
+        Path | None, typer.Option("--questions", help="One a line, or a CSV file with a column `prompt`.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Put before every question.")] = None,
+    threshold: ThresholdOption = None,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_tokens: MaxTokensOption = 64,
+    out: Annotated[Path, typer.Option("--out", help="Folder for trace.json and trace.png.")] = Path("out"),
+) -> None:
+    """Answer questions, all at once; write a trace and a picture of what ran when, and show where the time went."""
+    from .bench.demo import demo_questions, read_questions
+    from .timeline import run_profile
+
+    texts = [item.text for item in (demo_questions() if questions is None else read_questions(questions))]
+    console = Console(highlight=False)
+    chosen = guard_named(guard, threshold)
+    engine = _engine(console, model, detector, detoxifier, device, dtype)
+
+    from .engine.sampling import SamplingParams
+
+    shown = [] if image is None else [{"type": "image", "image": str(image)}]
+    chats = [[{"role": "user", "content": [*shown, {"type": "text", "text": text}]}] for text in texts]
+    with console.status(f"answering {len(chats)} questions …"):
+        table = run_profile(engine, chats, chosen, SamplingParams(temperature=0.0, max_tokens=max_tokens), out)
+    console.print(table)
+    written = [str(file) for file in (out / "trace.json", out / "trace.png") if file.exists()]
+    console.print(f"Written: {', '.join(written)} (the trace opens in ui.perfetto.dev or chrome://tracing)")
+    if len(written) == 1:
+        console.print("No picture: matplotlib is not installed (pip install 'stockade[demo]').")
+
+
+@app.command()
 def chat(
     model: ModelOption = "smol",
     image: Annotated[

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from .request import Reply
 
@@ -18,13 +18,17 @@ COLORS = {
     "vision": "rail_load",
     "prefill": "thread_state_runnable",
     "decode": "thread_state_running",
-    "screening": "yellow",
+    "screening_hidden": "yellow",
+    "screening_exposed": "thread_state_uninterruptible",
     "judge": "rail_animation",
     "caption": "olive",
     "eyes_closed": "terrible",
     "rewrite": "bad",
-    "gap": "grey",
+    "gaps": "grey",
 }
+
+Decoding: TypeAlias = "dict[int, list[tuple[float, float]]]"
+"""By request: from when to when (`time.perf_counter`) its answers were being decoded."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class StepRecord:
 
 
 class Slice(NamedTuple):
-    """A stretch of a step that is drawn in one color."""
+    """A stretch of a step that is drawn in one color. kind: a field of `Breakdown`."""
 
     kind: str
     began: float
@@ -142,6 +146,18 @@ class Recorder:
                 seconds["queue" if running else "gaps"] += length
         return Breakdown(**seconds)
 
+    def slices(self) -> Iterator[tuple[StepRecord, list[Slice]]]:
+        """Every step, cut by what it was for: vision first, then each kind by its share of all tokens."""
+        decoding = self._decoding(self.replies)
+        for step in self.steps:
+            at, whole = step.layers_began, step.ended - step.layers_began
+            cut = [Slice("vision", step.began, at)] if at > step.began else []
+            for kind, share in _shares(step, step.works, decoding).items():
+                end = min(at + share * whole, step.ended)
+                cut.append(Slice(kind, at, end))
+                at = end
+            yield step, cut
+
     def gaps(self) -> list[tuple[float, float]]:
         """From when to when requests were under way and no batch ran."""
         marks: list[tuple[float, int, int]] = []
@@ -169,49 +185,47 @@ class Recorder:
             events.append(_named("thread_name", thread, {"name": lane}))
             events.append(_named("thread_sort_index", thread, {"sort_index": thread}))
         origin = self.origin
-        for number, step in enumerate(self.steps):
+        for number, (step, cut) in enumerate(self.slices()):
             detail = {
                 "step": number,
                 "passes": [
                     f"{work.request}.{work.number} {work.label}: {work.role} {work.tokens}" for work in step.works
                 ],
             }
-            for part in slices(step):
+            for part in cut:
                 events.append(_complete(part, threads[step.lane], origin) | {"args": detail})
         for began, ended in self.gaps():
-            events.append(_complete(Slice("gap", began, ended), len(lanes) + 1, origin))
+            events.append(_complete(Slice("gaps", began, ended), len(lanes) + 1, origin))
         for reply in self.replies:
             events += _request_events(reply, self.submitted[reply.id] - origin)
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def _parts(self, reply: Reply) -> Iterator[tuple[float, float, dict[str, float] | None]]:
         """(began, ended, shares by kind) of every step, in order; no shares where the reply has no part in it."""
-        spans = self._decoding(reply)
+        decoding = self._decoding([reply])
         for step in self.steps:
             own = [work for work in step.works if work.request == reply.id]
-            if not own:
+            if own:
+                yield step.began, step.layers_began, {"vision": 1.0}
+                yield step.layers_began, step.ended, _shares(step, own, decoding)
+            else:
                 yield step.began, step.ended, None
-                continue
-            hidden = any(first <= step.began <= last for first, last in spans)
-            shares: dict[str, float] = defaultdict(float)
-            for kind, share in _shares(own):
-                if kind == "screening":
-                    kind = "screening_hidden" if hidden else "screening_exposed"
-                shares[kind] += share
-            yield step.began, step.layers_began, {"vision": 1.0}
-            yield step.layers_began, step.ended, shares
 
-    def _decoding(self, reply: Reply) -> list[tuple[float, float]]:
-        """For each text that was meant for the user: when its first and its last step began."""
-        candidates = {number for number, record in enumerate(reply.passes) if record.candidate}
-        spans: dict[int, tuple[float, float]] = {}
+    def _decoding(self, replies: Iterable[Reply]) -> Decoding:
+        """For each text that was meant for the user, by its request: when its first and its last step began."""
+        candidates = {
+            (reply.id, number) for reply in replies for number, record in enumerate(reply.passes) if record.candidate
+        }
+        spans: dict[tuple[int, int], tuple[float, float]] = {}
         for step in self.steps:
             for work in step.works:
-                beside = work.role == "speculative" or kind_of(work) == "screening"
-                if work.request == reply.id and work.number in candidates and not beside:
-                    first, _ = spans.get(work.number, (step.began, step.began))
-                    spans[work.number] = first, step.began
-        return list(spans.values())
+                key = work.request, work.number
+                if key in candidates and work.role != "speculative" and kind_of(work) != "screening":
+                    spans[key] = spans.get(key, (step.began, step.began))[0], step.began
+        out: Decoding = defaultdict(list)
+        for (request, _), span in spans.items():
+            out[request].append(span)
+        return out
 
 
 def kind_of(work: StepWork) -> str:
@@ -228,25 +242,19 @@ def kind_of(work: StepWork) -> str:
     return work.role if work.role in ("judge", "prefill") else "decode"
 
 
-def slices(step: StepRecord) -> list[Slice]:
-    """A step cut by what it was for: vision first, then each kind by its share of all tokens."""
-    out = [Slice("vision", step.began, step.layers_began)] if step.layers_began > step.began else []
-    merged: dict[str, float] = defaultdict(float)
-    for kind, share in _shares(step.works):
-        merged[kind] += share
-    at = step.layers_began
-    for kind, share in merged.items():
-        end = min(at + share * (step.ended - step.layers_began), step.ended)
-        out.append(Slice(kind, at, end))
-        at = end
-    return out
-
-
-def _shares(works: Iterable[StepWork]) -> list[tuple[str, float]]:
-    """(kind, share) of each work: its part of their tokens."""
+def _shares(step: StepRecord, works: Iterable[StepWork], decoding: Decoding) -> dict[str, float]:
+    """By field of `Breakdown`, the works' share of their tokens. Screening is hidden in every step between the first
+    and the last that decoded a text of its request, these two included."""
     many = list(works)
     whole = sum(work.tokens for work in many)
-    return [(kind_of(work), work.tokens / whole if whole else 1 / len(many)) for work in many]
+    shares: dict[str, float] = defaultdict(float)
+    for work in many:
+        kind = kind_of(work)
+        if kind == "screening":
+            hidden = any(first <= step.began <= last for first, last in decoding.get(work.request, ()))
+            kind += "_hidden" if hidden else "_exposed"
+        shares[kind] += work.tokens / whole if whole else 1 / len(many)
+    return shares
 
 
 def _stretches(

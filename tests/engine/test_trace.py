@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stockade.engine.request import FinishReason, Outcome, PassRecord, Reply, Trace
-from stockade.engine.trace import COLORS, Breakdown, Recorder, StepRecord, StepWork, kind_of, slices
+from stockade.engine.trace import COLORS, Breakdown, Recorder, StepRecord, StepWork, kind_of
 
 START = 1000.0  # perf_counter begins anywhere
 
@@ -189,10 +189,10 @@ def test_lanes_gaps_and_requests_of_the_trace() -> None:
     assert shown == [
         ("mllm", "vision", 100_000, 40_000),
         ("mllm", "decode", 140_000, 40_000),
-        ("mllm", "screening", 180_000, 120_000),
-        ("detector", "screening", 300_000, 200_000),
-        (host, "gap", 0, 100_000),
-        (host, "gap", 500_000, 500_000),
+        ("mllm", "screening_hidden", 180_000, 120_000),
+        ("detector", "screening_exposed", 300_000, 200_000),
+        (host, "gaps", 0, 100_000),
+        (host, "gaps", 500_000, 500_000),
     ]
     assert [(e["ph"], e["name"], e["ts"]) for e in events if e.get("cat") == "request"] == [
         ("b", "request 0", 0.0),
@@ -207,7 +207,8 @@ def test_a_recorder_to_which_nothing_happened() -> None:
 
 
 def test_the_slices_of_a_step_fill_it() -> None:
-    found = slices(step(0.0, 1.0, work("decode", 1), work("prefill", 2), work("draft", 1), vision=0.2))
+    recorder = recorded(step(0.0, 1.0, work("decode", 1), work("prefill", 2), work("draft", 1), vision=0.2))
+    ((_, found),) = recorder.slices()
     assert [(one.kind, pytest.approx(one.ended - one.began)) for one in found] == [
         ("vision", 0.2),
         ("decode", 0.4),
