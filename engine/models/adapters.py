@@ -1,6 +1,7 @@
-"""PEFT LoRA folders merged into their base while it is loaded: W + scale · B A, tensor by tensor.
+"""PEFT LoRA folders: read, and merged into their base while it is loaded: W + scale · B A, tensor by tensor.
 
-Only plain LoRA on linear layers; whatever else an adapter may ask for (DoRA, biases, activated LoRA …) is refused.
+Only plain LoRA on linear layers, and activated LoRA, which cannot be merged; whatever else an adapter may ask for
+(DoRA, biases …) is refused.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _HARMLESS = frozenset(
         *("megatron_core", "loftq_config", "eva_config", "qalora_group_size", "init_lora_weights"),
     )
 )
+_INVOCATION = "alora_invocation_tokens"
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "loftq")  # others also change the base's weights
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?)?\.(?P<kind>weight|bias)")
@@ -55,6 +57,7 @@ class Adapter:
     base: str | None  # base_model_name_or_path
     updates: Mapping[str, LowRank]
     saved: Mapping[str, Tensor]  # whole parameters that replace or add to the base's, such as `score.weight`
+    invocation: tuple[int, ...] = ()  # token ids from which on an activated LoRA applies; empty for a plain one
 
 
 def is_adapter(path: Path) -> bool:
@@ -66,7 +69,8 @@ def read_adapter(path: Path) -> Adapter:
     """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors` or `.bin`).
 
     Raises `CheckpointMissing`, `CheckpointTruncated`, `UnsafeCheckpoint`; `UnknownArchitecture` for other kinds of
-    adapters than plain LoRA; `CheckpointMismatch` for tensors that make no pairs or do not fit the configuration.
+    adapters than plain or activated LoRA; `CheckpointMismatch` for tensors that make no pairs or do not fit the
+    configuration.
     """
     config = read_json(path / CONFIG_FILE)
     _refuse_unsupported(config, path)
@@ -88,7 +92,8 @@ def read_adapter(path: Path) -> Adapter:
         raise CheckpointMismatch(f"{path} holds no LoRA tensors")
     if both := updates.keys() & saved.keys():
         raise CheckpointMismatch(f"{path}: {sorted(both)[0]!r} is both saved whole and given as LoRA")
-    return Adapter(path, config["task_type"], config.get("base_model_name_or_path"), updates, saved)
+    base = config.get("base_model_name_or_path")
+    return Adapter(path, config["task_type"], base, updates, saved, _invocation(config, path))
 
 
 def merge(adapter: Adapter, name: str, tensor: Tensor) -> Tensor:
@@ -111,7 +116,12 @@ class MergedSource:
     """A base's tensors with an adapter merged into them."""
 
     def __init__(self, base: TensorSource, adapter: Adapter) -> None:
-        """Raises `CheckpointMismatch` unless every tensor of the adapter has its place in the base."""
+        """Raises `CheckpointMismatch` unless every tensor of the adapter has its place in the base, and
+        `UnknownArchitecture` for an activated LoRA: merged it would apply to every token."""
+        if adapter.invocation:
+            raise UnknownArchitecture(
+                f"{adapter.path} is an activated LoRA ({_INVOCATION}), which cannot be merged; attach it to its base"
+            )
         shapes = dict(base.shapes)
         if adapter.task_type == "SEQ_CLS":
             shapes.pop("lm_head.weight", None)
@@ -157,8 +167,17 @@ def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
         raise UnknownArchitecture(
             f"{path}: init_lora_weights={config['init_lora_weights']!r} also changes the base; merge it with peft"
         )
-    if wrong := [key for key, value in config.items() if value and key not in _HARMLESS]:
+    if wrong := [key for key, value in config.items() if value and key not in (*_HARMLESS, _INVOCATION)]:
         raise UnknownArchitecture(f"{path}: LoRA with {', '.join(sorted(wrong))} is not supported; plain LoRA is")
+
+
+def _invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    ids = config.get(_INVOCATION)
+    if ids is None:
+        return ()
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointMismatch(f"{path}: {_INVOCATION} is {ids!r}; it has to be a list of token ids, or missing")
+    return tuple(ids)
 
 
 def _files(path: Path) -> WeightFiles:

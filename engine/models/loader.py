@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from ..errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from ..text import Codec
+from .adapters import Adapter, read_adapter
+from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
@@ -21,9 +23,25 @@ from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
 from .vision import VisionAdapter
 
-Source: TypeAlias = str | Path | tuple[str | Path, str | Path]
+
+@dataclass(frozen=True)
+class Attached:
+    """A PEFT LoRA folder, plain or activated, on the MLLM's own weights: not merged, but added token by token.
+
+    A detector's folder holds a classifier's `score.weight` (SEQ_CLS), or a head fitted on the adapted model as
+    `head.safetensors` (see `save_head`). The tokenizer is the MLLM's.
+    """
+
+    adapter: str | Path
+
+
+Checkpointed: TypeAlias = str | Path | tuple[str | Path, str | Path]
 """A checkpoint folder, a GGUF file, a bundle, a named shape, or (PEFT adapter, its base)."""
 
+Source: TypeAlias = Checkpointed | Attached
+"""Whatever weights of its own, or an adapter on the MLLM's."""
+
+HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 LLAVA = "llava"
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
@@ -51,18 +69,25 @@ def load_models(
     Each is a checkpoint folder (of an adapter: one that names a local base), an (adapter, base) pair, a GGUF file,
     a bundle or a named shape with random weights. A detector is a sequence classifier with one label, a bundle,
     or a `.safetensors` file with a head fitted on the MLLM's own weights. A bundle as model brings its own
-    detector and detoxifier.
+    detector and detoxifier. Both may be adapters `Attached` to the MLLM's backbone.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
     if str(model) in BUNDLES:
         detector = model if detector is None else detector
         detoxifier = model if detoxifier is None else detoxifier
-    models = {"mllm": loader.generator("mllm", model)}
-    if detoxifier is not None:
+    if isinstance(model, Attached):
+        raise CheckpointMismatch(f"{model.adapter}: attached to what? Give the MLLM as (adapter, base), which merges")
+    mllm = loader.generator("mllm", model)
+    models = {"mllm": mllm}
+    if isinstance(detoxifier, Attached):
+        models["detoxifier"] = _attached_generator("detoxifier", detoxifier, mllm)
+    elif detoxifier is not None:
         models["detoxifier"] = loader.generator("detoxifier", detoxifier)
-    if detector is not None:
-        models["detector"] = loader.detector("detector", detector, models["mllm"])
+    if isinstance(detector, Attached):
+        models["detector"] = _attached_detector("detector", detector, mllm)
+    elif detector is not None:
+        models["detector"] = loader.detector("detector", detector, mllm)
     return ModelSet(models, where, loader.dtype)
 
 
@@ -82,7 +107,7 @@ class _Loader:
         self.dtype = dtype
         self._loaded: dict[tuple[str, bool], _Loaded] = {}
 
-    def generator(self, name: str, source: Source) -> Model:
+    def generator(self, name: str, source: Checkpointed) -> Model:
         loaded = self._load(source, classifier=False)
         decoder, vision = loaded.backbone.decoder, loaded.backbone.vision
         if decoder.head is None:
@@ -99,7 +124,7 @@ class _Loader:
             chat_only=str(source) in BUNDLES,
         )
 
-    def detector(self, name: str, source: Source, mllm: Model) -> Model:
+    def detector(self, name: str, source: Checkpointed, mllm: Model) -> Model:
         if str(source) in BUNDLES:
             return _probe(name, self.generator(name, source), SMOL_DETECTOR, self.device)
         if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
@@ -113,7 +138,7 @@ class _Loader:
             )
         return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, loaded.score)
 
-    def _load(self, source: Source, classifier: bool) -> _Loaded:
+    def _load(self, source: Checkpointed, classifier: bool) -> _Loaded:
         """classifier says what a named shape is to be; a checkpoint says itself what it is."""
         named = str(source) in NAMED_SHAPES
         parts = source if isinstance(source, tuple) else (source,)
@@ -126,7 +151,7 @@ class _Loader:
             self._loaded[key, classifier and named] = known
         return known
 
-    def _read(self, source: Source) -> _Loaded:
+    def _read(self, source: Checkpointed) -> _Loaded:
         path, base = source if isinstance(source, tuple) else (source, None)
         checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
         classifier = "score.weight" in checkpoint.shapes
@@ -179,12 +204,7 @@ class _Parts:
         if self.vision is not None:
             self.vision.freeze(content_hash.encode())
         backbone = Backbone(self.decoder, content_hash, self.vision)
-        score = None
-        if self.score is not None:
-            depth = self.decoder.depth
-            spec = HeadSpec(layer=depth, pooling="last", norm=True)
-            eps = self.decoder.config.norm_eps
-            score = Head(spec, self.score[0], norm_weight=self.decoder.norm, norm_eps=eps)
+        score = None if self.score is None else _classifier_head(self.decoder, self.score[0])
         return _Loaded(backbone, codec, self.config, score)
 
 
@@ -225,7 +245,48 @@ def _probe(name: str, base: Model, path: Path, device: torch.device) -> Model:
         )
     if spec.backbone_hash is not None and spec.backbone_hash != base.backbone.content_hash:
         raise CheckpointMismatch(f"{path} was fitted on other weights than these; its scores would mean nothing here")
-    return Model(name, base.backbone, base.codec, base.context, spec.layer, head, chat_only=base.chat_only)
+    return replace(base, name=name, depth=spec.layer, head=head)
+
+
+def _attach(name: str, source: Attached, mllm: Model) -> tuple[Model, Adapter]:
+    """The MLLM with an adapter, and what else is in the adapter's folder."""
+    adapter = read_adapter(Path(source.adapter))
+    attached = AttachedAdapter.of(adapter, mllm.backbone.decoder)
+    if mllm.image_token_id in attached.invocation:
+        raise CheckpointMismatch(f"{source.adapter} is invoked by token {mllm.image_token_id}, which is an image's")
+    return replace(mllm, name=name, adapter=mllm.backbone.attach(attached)), adapter
+
+
+def _attached_generator(name: str, source: Attached, mllm: Model) -> Model:
+    model, adapter = _attach(name, source, mllm)
+    if adapter.task_type != "CAUSAL_LM":
+        raise CheckpointMismatch(
+            f"{source.adapter} is a {adapter.task_type} adapter; {name} has to be a language model (CAUSAL_LM)"
+        )
+    return model
+
+
+def _attached_detector(name: str, source: Attached, mllm: Model) -> Model:
+    model, adapter = _attach(name, source, mllm)
+    decoder, file = model.backbone.decoder, Path(source.adapter) / HEAD_FILE
+    weight = adapter.saved.get("score.weight")
+    if (weight is None) != file.is_file():
+        found = "neither score.weight nor" if weight is None else "both score.weight and"
+        raise CheckpointMismatch(f"{source.adapter} has {found} {HEAD_FILE}; a detector's adapter has one of them")
+    if weight is None:
+        return _probe(name, model, file, decoder.device)
+    if tuple(weight.shape) != (1, decoder.config.hidden_size):
+        raise CheckpointMismatch(
+            f"{source.adapter}: score.weight is {tuple(weight.shape)}; a detector on this model has one label and "
+            f"{decoder.config.hidden_size} features"
+        )
+    return replace(model, head=_classifier_head(decoder, weight[0].to(decoder.device, decoder.dtype)))
+
+
+def _classifier_head(decoder: Decoder, weight: Tensor) -> Head:
+    """What a sequence classifier does: its last token after the last layer, normed as the decoder norms."""
+    spec = HeadSpec(layer=decoder.depth, pooling="last", norm=True)
+    return Head(spec, weight, norm_weight=decoder.norm, norm_eps=decoder.config.norm_eps)
 
 
 def _codec(checkpoint: Checkpoint) -> Codec:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..kv_pages import KVLayout
 from ..text import Codec
+from .attached import AttachedAdapter
 from .decoder import Decoder, rope_parameters
 from .heads import Head
 from .vision import VisionAdapter
@@ -14,11 +15,23 @@ from .vision import VisionAdapter
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """One set of weights. content_hash: of all of them, so that equal weights share pages under any name."""
+    """One set of weights. content_hash: of all of them, so that equal weights share pages under any name.
+
+    adapters: what is attached beside the weights; a token's adapter is an index into it, -1 for none.
+    """
 
     decoder: Decoder
     content_hash: str
     vision: VisionAdapter | None = None
+    adapters: list[AttachedAdapter] = field(default_factory=list)
+
+    def attach(self, adapter: AttachedAdapter) -> int:
+        """Add an adapter, made for this decoder; returns its index. One that is there already is not added again."""
+        for index, known in enumerate(self.adapters):
+            if (known.content_hash, known.invocation) == (adapter.content_hash, adapter.invocation):
+                return index
+        self.adapters.append(adapter)
+        return len(self.adapters) - 1
 
     @cached_property
     def cache_key(self) -> str:
@@ -32,7 +45,8 @@ class Model:
     """A backbone under a name, with the tokenizer, the depth it runs to and, for a detector, its head.
 
     context: most tokens of one sequence. max_images: most images in one prompt. chat_only: it understands
-    nothing but its own chat template, so a pass that has both forms of a prompt uses the chat.
+    nothing but its own chat template, so a pass that has both forms of a prompt uses the chat. adapter: index
+    into the backbone's adapters, None for the weights alone.
     """
 
     name: str
@@ -44,6 +58,12 @@ class Model:
     image_token_id: int | None = None
     max_images: int = 0
     chat_only: bool = False
+    adapter: int | None = None
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The ids that switch on its adapter: the engine appends them. Empty where it applies to every token."""
+        return () if self.adapter is None else self.backbone.adapters[self.adapter].invocation
 
     def layout(self, tokens_per_page: int) -> KVLayout:
         config = self.backbone.decoder.config

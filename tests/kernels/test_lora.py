@@ -68,13 +68,19 @@ def test_scattered_rows_equal_adjacent_ones() -> None:
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_bf16_rows_with_the_update_in_either_dtype(batch: str, kept: torch.dtype) -> None:
+def test_bf16_rows_are_no_worse_than_pytorchs(batch: str, kept: torch.dtype) -> None:
+    """Whether the update is kept in fp32 or in bf16."""
     adapter, updates = BATCHES[batch], adapters(kept)
     x, y = tensors(len(adapter), torch.bfloat16)
-    want = low_rank_reference(y, x, adapter, [update[0, "p"] for update in updates])
+    pairs = [update[0, "p"] for update in updates]
+    want = low_rank_reference(y, x, adapter, pairs)
+    plain = [
+        y[row] if index < 0 else y[row] + x[row] @ pairs[index].a.bfloat16() @ pairs[index].b.bfloat16()
+        for row, index in enumerate(adapter)
+    ]
     out = updated(adapter, updates, x, y)
     assert out.dtype is torch.bfloat16
-    assert (out.double() - want).norm() <= 2**-7 * want.norm()
+    assert (out.double() - want).norm() <= 1.02 * (torch.stack(plain).double() - want).norm()
 
 
 def test_parts_an_adapter_leaves_alone_stay_as_they_are() -> None:
