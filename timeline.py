@@ -153,7 +153,7 @@ def _steps(axes: Axes, recorder: Recorder, lanes: list[str]) -> set[str]:
 
 def _requests(axes: Axes, recorder: Recorder, first: int) -> None:
     """Draw a row a request, the passes thin bars; overlapping ones below each other."""
-    origin, shown = recorder.origin, recorder.replies[:MAX_ROWS]
+    origin, shown = recorder.origin, sorted(recorder.replies, key=lambda one: one.id)[:MAX_ROWS]
     for row, reply in enumerate(shown, first):
         begin = recorder.submitted[reply.id] - origin
         axes.broken_barh([(begin, reply.trace.total)], (row - 0.36, 0.72), color="#F1F1F1", linewidth=0)

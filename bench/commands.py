@@ -117,6 +117,48 @@ def concurrency(
     )
 
 
+@app.command()
+def roofline(
+    model: ModelOption = "smol",
+    detector: Annotated[
+        str | None, typer.Option(help="A folder, a bundle or a named shape. (default: as large as the model)")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    prompt_tokens: PromptOption = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens that a detector reads at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    memory_efficiency: Annotated[float, typer.Option(help="Of the bandwidth, the part that is reached.")] = 1.0,
+    compute_efficiency: Annotated[float, typer.Option(help="Of the FLOP/s, the part that is reached.")] = 1.0,
+    measured: Annotated[
+        Path | None, typer.Option(help="JSON of `bench overhead` for the same model and lengths, to compare with.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """What guards must cost by bytes and operations: predicted for this machine's cores, and for LLaVA on an H200."""
+    from dataclasses import replace
+
+    from .report import begin, emit
+    from .roofline import h200, predict, this_cpu
+    from .roofline_report import RooflineReport, read_measured, setup_of
+
+    known, torch_dtype = None if measured is None else read_measured(measured), _dtype(dtype)
+    assert torch_dtype is not None
+    machine = begin(Console(stderr=True, highlight=False))
+    lengths: dict[str, Any] = {"question": prompt_tokens, "answer": answer_tokens, "chunk": chunk, "batch": batch}
+    reached: dict[str, Any] = {"memory_efficiency": memory_efficiency, "compute_efficiency": compute_efficiency}
+    here = setup_of(model, detector, torch_dtype.itemsize)
+    there = setup_of("llava-1.5-7b", "open-llama-3b")
+    predictions = {
+        f"{model} {dtype} on this machine": predict(
+            replace(here, **lengths), replace(this_cpu(torch_dtype), **reached)
+        ),
+        "llava-1.5-7b bf16 on an H200": predict(replace(there, **lengths), replace(h200(), **reached)),
+    }
+    report = RooflineReport(predictions, known or {})
+    emit(report.table(), report.to_dict(), machine, json)
+
+
 def _measure(
     run: Callable[[Sources, Told], Any], model: str, detector: str | None, detoxifier: str | None, json: Path | None
 ) -> None:
