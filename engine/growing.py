@@ -51,21 +51,18 @@ class GrowingPrompt:
         """
         self.text += encodable(piece)
         size = len(self._fixed) + len(self.text)
-        done = self._tokens[-1].end if self._tokens else 0
         if size < self._encode_at:
             return len(self.ids), []
-        stable = self._stable(done)
-        if stable <= done:
+        stable = self._stable()
+        if stable <= self._done:
             return len(self.ids), []
         changed = self._encode_again(size)
         if changed is None:
             self._encode_at = self._encode_all_at
             return len(self.ids), []
         first, tokens = changed
-        tokens = tokens[: _complete(tokens, stable)]
-        end = tokens[-1].end if tokens else done
-        self.covers = max(end - len(self._fixed), 0)
-        change = self._replace(first, tokens)
+        change = self._replace(first, tokens[: _complete(tokens, stable)])
+        self.covers = max(self._done - len(self._fixed), 0)
         # the next window costs so much: let the text grow by a part of it, so that the cost is linear in the text
         self._encode_at = size + (size - self._window()[1]) // 16
         return change
@@ -78,12 +75,17 @@ class GrowingPrompt:
         self.pool_from = min(self.pool_from, len(final) - 1)
         return change
 
-    def _stable(self, done: int) -> int:
-        """How far the joined text is unlikely to change its tokens, past `done`."""
-        tail = self._since(done)
+    @property
+    def _done(self) -> int:
+        """How many characters of the joined text are handed out."""
+        return self._tokens[-1].end if self._tokens else 0
+
+    def _stable(self) -> int:
+        """How far the joined text is unlikely to change its tokens; not less than what is handed out."""
+        tail = self._since(self._done)
         match = _WORD_ENDS.match(tail)
         end = match.end() if match else 0
-        return done + (end if len(tail) - end <= _LONGEST_TAIL else len(tail) - _SHORTEST_TAIL)
+        return self._done + (end if len(tail) - end <= _LONGEST_TAIL else len(tail) - _SHORTEST_TAIL)
 
     def _encode_again(self, size: int) -> tuple[int, list[Token]] | None:
         """(first, tokens): the tokens of the text so far after `first` handed-out ones; None: wait for more."""

@@ -68,7 +68,18 @@ def llama_like(metaspace: bool) -> PreTrainedTokenizerFast:
 def crossing() -> PreTrainedTokenizerFast:
     """Merges reach over blanks, as no pre-tokenizer keeps them apart; the end gets EOS."""
     chars = [*"abcdefghijklmnopqrstuvwxyz <>|_/\n", "▁"]
-    merges = [("a", " "), ("a ", "b"), ("b", " "), ("b ", "a "), (" ", " "), (" ", "d"), ("c", " d")]
+    merges = [
+        ("a", " "),
+        ("a ", "b"),
+        ("b", " "),
+        ("b ", "a "),
+        (" ", " "),
+        (" ", "d"),
+        ("c", " d"),
+        (" ", "g"),
+        ("f", " g"),
+        ("f g", " "),
+    ]
     vocab = ["?", "<end>", *chars, *("".join(pair) for pair in merges)]
     backend = Tokenizer(
         models.BPE({token: id for id, token in enumerate(vocab)}, merges, unk_token="?", fuse_unk=True)
@@ -213,7 +224,7 @@ def follow(prompt: GrowingPrompt, known: list[int], change: tuple[int, list[int]
 
 
 @every_codec
-@settings(deadline=None, max_examples=70)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_the_final_ids_are_the_codecs_own_for_every_split(codec, data):
     before, pieces = data.draw(befores(codec)), data.draw(splits())
@@ -258,11 +269,11 @@ def test_fixed_segments_are_handed_out_before_any_text():
     fixed = CODECS["llama"].tokenizer("Judge this. ANSWER:").input_ids
     assert prompt.append("") == (0, fixed)
     assert (prompt.covers, prompt.pool_from) == (0, len(fixed))
-    assert prompt.append("the") == (len(fixed), [])
-    keep, new = prompt.append(" dogs are")
+    assert prompt.append("is") == (len(fixed), [])
+    keep, new = prompt.append(" that so")
     assert keep == len(fixed) and new
     assert prompt.pool_from == len(fixed)
-    assert prompt.covers == len("the dogs")
+    assert prompt.covers == len("is that")
 
 
 @pytest.mark.parametrize("name", ["byte-level", "folding", "llama", "llama-metaspace", "grouping"])
@@ -286,6 +297,15 @@ def test_a_merge_over_a_boundary_rolls_back():
     assert prompt.ids == [x, merged] and prompt.covers == 4
     blank = codec.tokenizer.convert_tokens_to_ids(" ")
     assert prompt.close() == (2, [blank, end])
+
+
+def test_a_roll_back_may_leave_nothing():
+    codec = CODECS["crossing"]
+    prompt = GrowingPrompt(codec, ())
+    assert prompt.append("f ") == (0, [codec.tokenizer.convert_tokens_to_ids("f")])
+    assert prompt.covers == 1
+    assert prompt.append("g ") == (0, [])  # one token now, and its last character is a blank that may grow
+    assert prompt.ids == [] and prompt.covers == 0
 
 
 def test_close_takes_back_what_later_text_changed():
