@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .engine.chat import Chat
     from .engine.engine import Engine, Request
     from .engine.errors import StockadeError
-    from .engine.guards import Guard
+    from .engine.guards import Cascade, Detoxify, EyesClosed, Guard, HarmHead, Probe, Refuse, SelfJudge
     from .engine.images import ImageLimits
     from .engine.request import FinishReason, Outcome, PassRecord, Reply, Verdict
     from .engine.sampling import SamplingParams
@@ -18,31 +18,45 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cascade",
     "Chat",
+    "Detoxify",
     "Engine",
+    "EyesClosed",
     "FinishReason",
     "Guard",
+    "HarmHead",
     "ImageLimits",
     "Outcome",
     "PassRecord",
+    "Probe",
+    "Refuse",
     "Reply",
     "Request",
     "SamplingParams",
+    "SelfJudge",
     "StockadeError",
     "Verdict",
 ]
 
 _HOMES = {
+    "Cascade": "guards",
     "Chat": "chat",
+    "Detoxify": "guards",
     "Engine": "engine",
+    "EyesClosed": "guards",
     "FinishReason": "request",
     "Guard": "guards",
+    "HarmHead": "guards",
     "ImageLimits": "images",
     "Outcome": "request",
     "PassRecord": "request",
+    "Probe": "guards",
+    "Refuse": "guards",
     "Reply": "request",
     "Request": "engine",
     "SamplingParams": "sampling",
+    "SelfJudge": "guards",
     "StockadeError": "errors",
     "Verdict": "request",
 }

@@ -1,17 +1,30 @@
 """Guards as plain Python: prompts, detectors, remedies and the loop. Nothing here runs a model."""
 
-from .detectors import Detector, HarmHead, SelfJudge
-from .loop import Guard, guarded
-from .remedies import Detoxify, EyesClosed, Refuse, Remedy
+from .cascade import Calibration, Cascade, calibrate
+from .detectors import Bindable, Detector, Screening
+from .guard import Guard
+from .heads import HarmHead, Probe
+from .loop import ReleaseMode, guarded
+from .remedies import Detoxify, EyesClosed, Prefilling, Refuse, Remedy, Starting
+from .self_judge import SelfJudge
 
 __all__ = [
+    "Bindable",
+    "Calibration",
+    "Cascade",
     "Detector",
     "Detoxify",
     "EyesClosed",
     "Guard",
     "HarmHead",
+    "Prefilling",
+    "Probe",
     "Refuse",
+    "ReleaseMode",
     "Remedy",
+    "Screening",
     "SelfJudge",
+    "Starting",
+    "calibrate",
     "guarded",
 ]

@@ -1,25 +1,26 @@
-"""Remedies: what turns a harmful answer into another one. They judge nothing.
+"""Remedies: what turns a harmful answer into another one, and what of that may begin early. They judge nothing.
 
 A remedy may raise: the loop then refuses, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from ..chat import Chat
 from ..errors import InvalidGuard
 from ..images import LoadedImage
-from ..passes import Answer, Generate, Pass, Prompt
+from ..passes import Ahead, Answer, Ask, Generate, Handle, ModelTraits, Pass, Prompt, Wait
 from ..request import FinishReason
 from ..sampling import SamplingParams
 from ..text import segments_text
 from . import prompts
-from .detectors import check_timeout
+from .detectors import check_count, check_timeout
 
-Mending: TypeAlias = Generator[Pass, Any, Answer]
+Mending: TypeAlias = Generator[Ask, Any, Answer]
 
 
 @runtime_checkable
@@ -39,14 +40,34 @@ class Remedy(Protocol):
     def mend(self, chat: Chat, answer: Answer) -> Mending: ...
 
 
+@runtime_checkable
+class Prefilling(Protocol):
+    """A remedy whose prompt is known as far as the answer is: it can be computed beside the answer's decoding."""
+
+    def ahead(self, chat: Chat) -> Ahead | None: ...
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A remedy whose first pass needs no answer: `start` is that pass, None where there is none.
+
+    Where it was started before the verdict, `mend` gets its handle and waits for it instead of asking again.
+    """
+
+    def start(self, chat: Chat) -> Pass | None: ...
+
+    def mend(self, chat: Chat, answer: Answer, started: Handle | None = None) -> Mending: ...
+
+
 @dataclass(frozen=True)
 class Detoxify:
     """A detoxifier rewrites the answer (MLLM-Protector).
 
     with_question: the prompt of the released training script; without, that of its inference script.
     chat_template: puts the prompt into the model's chat template, for a detoxifier that is a chat model; the
-    released detoxifier takes it raw. None: as the model's traits say, which `Guard.bind` fills in, else raw.
-    sampling: None takes the request's own.
+    released detoxifier takes it raw. None: as the model's traits say, which `bind` fills in, else raw.
+    sampling: None takes the request's own. draft_tokens: a rewrite mostly repeats the answer, so that many tokens a
+    step are guessed from it (see `SamplingParams`); 0: none; None: as the sampling says.
     """
 
     model: str = "detoxifier"
@@ -54,19 +75,31 @@ class Detoxify:
     chat_template: bool | None = None
     sampling: SamplingParams | None = None
     timeout: float | None = None
+    draft_tokens: int | None = 8
     name: str = "detoxify"
     keeps_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_timeout(self.timeout)
+        if self.draft_tokens is not None:
+            check_count("draft_tokens", self.draft_tokens, 0)
+
+    def bind(self, traits: Mapping[str, ModelTraits]) -> Detoxify:
+        """The remedy with the chat template of its model."""
+        return self if self.chat_template is not None else replace(self, chat_template=traits[self.model].chat_only)
+
+    def ahead(self, chat: Chat) -> Ahead:
+        return Ahead(self.model, partial(self._prompt, chat))
 
     def mend(self, chat: Chat, answer: Answer) -> Mending:
-        if self.with_question:
-            segments = prompts.rewrite_with_question(chat.query, answer.text)
-        else:
-            segments = prompts.rewrite(answer.text)
-        prompt: Prompt = Chat.single(segments_text(segments)) if self.chat_template else segments
-        return (yield Generate(self.model, prompt, "rewrite", self.sampling, self.timeout))
+        prompt = self._prompt(chat, answer.text)
+        return (
+            yield Generate(self.model, prompt, "rewrite", self.sampling, self.timeout, draft_tokens=self.draft_tokens)
+        )
+
+    def _prompt(self, chat: Chat, text: str) -> Prompt:
+        segments = prompts.rewrite_with_question(chat.query, text) if self.with_question else prompts.rewrite(text)
+        return Chat.single(segments_text(segments)) if self.chat_template else segments
 
 
 @dataclass(frozen=True)
@@ -89,13 +122,15 @@ class EyesClosed:
     def __post_init__(self) -> None:
         check_timeout(self.timeout)
 
-    def mend(self, chat: Chat, answer: Answer) -> Mending:
+    def start(self, chat: Chat) -> Generate | None:
+        """The caption, where there is an image; the released script asks for it after the verdict."""
+        return self._caption(chat) if chat.images and not self.published else None
+
+    def mend(self, chat: Chat, answer: Answer, started: Handle | None = None) -> Mending:
+        """started: of `start`, where that runs already."""
         message = prompts.without_hints(chat.query)
         if chat.images:
-            request = self._prompt(prompts.caption(chat.query), chat.images)
-            caption = yield Generate(
-                self.model, request, "caption", self.caption_sampling, self.timeout, candidate=False
-            )
+            caption = yield self._caption(chat) if started is None else Wait(started)
             hints = prompts.published_text(caption.text) if self.published else caption.text
             if self.published or hints.strip():
                 message = prompts.eyes_closed(chat.query, hints)
@@ -103,6 +138,10 @@ class EyesClosed:
         if self.published:
             return second._replace(text=prompts.published_text(second.text))
         return second
+
+    def _caption(self, chat: Chat) -> Generate:
+        request = self._prompt(prompts.caption(chat.query), chat.images)
+        return Generate(self.model, request, "caption", self.caption_sampling, self.timeout, candidate=False)
 
     def _prompt(self, message: prompts.Segments, images: tuple[LoadedImage, ...] = ()) -> Prompt:
         if self.published:

@@ -12,17 +12,34 @@ from PIL import Image
 from stockade.engine.chat import Chat
 from stockade.engine.errors import Aborted, InvalidGuard, PassError, PassTimeout, TooLong, UnknownModel
 from stockade.engine.guards import (
+    Cascade,
     Detoxify,
     EyesClosed,
     Guard,
     HarmHead,
+    Probe,
     Refuse,
     SelfJudge,
     guarded,
     prompts,
 )
 from stockade.engine.images import load_image
-from stockade.engine.passes import Answer, Choose, Chosen, Decision, Generate, ModelTraits, Score, Scored
+from stockade.engine.passes import (
+    Answer,
+    Cancel,
+    Choose,
+    Chosen,
+    Decision,
+    Generate,
+    Handle,
+    ModelTraits,
+    Score,
+    Scored,
+    Screen,
+    Screened,
+    Start,
+    Wait,
+)
 from stockade.engine.request import FinishReason, Outcome, Verdict
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Segment, Untrusted, segments_text
@@ -35,7 +52,8 @@ SEEN = Chat.single("What is this?", (PICTURE,))
 FIRST = Answer("first answer", (1, 2))
 GOOD, BAD = Scored(0.9, 0.5), Scored(0.1, 0.5)
 SAFE, UNSAFE = Chosen((0.1, 0.8)), Chosen((0.8, 0.1))
-PROTECTOR = Guard.protector(template="response")
+PROTECTOR = Guard.protector(template="response", speculate=False)
+SCREEN = Screen("detector", ())
 TRAITS = {"mllm": ModelTraits(), "detector": ModelTraits("question_answer"), "detoxifier": ModelTraits(None, True)}
 ANSWER_LABELS = ("answer", "rewrite", "eyes_closed")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1024)
@@ -47,6 +65,11 @@ def asked(message: tuple[Segment, ...]) -> Chat:
 
 def score(text: str) -> Score:
     return Score("detector", (Untrusted(text),), 0)
+
+
+def rewrite(text: str) -> Generate:
+    prompt = prompts.rewrite_with_question("How?", text)
+    return Generate("detoxifier", prompt, "rewrite", screen=SCREEN, draft_tokens=8)
 
 
 def refused(decision: Decision, reason: str, text: str = prompts.REFUSAL) -> bool:
@@ -70,7 +93,7 @@ def test_off_returns_the_answer_as_it_is(play):
 
 def test_protector_returns_a_harmless_answer(play):
     decision, passes = play(guarded(CHAT, PROTECTOR), FIRST, GOOD)
-    assert passes == [Generate("mllm", CHAT), score("first answer")]
+    assert passes == [Generate("mllm", CHAT, screen=SCREEN), score("first answer")]
     assert (decision.answer, decision.outcome, decision.reason) == (FIRST, Outcome.CLEAN, None)
     assert [verdict.score for verdict in decision.verdicts] == [0.9]
 
@@ -79,11 +102,11 @@ def test_protector_rewrites_until_nothing_is_found(play):
     second, third = Answer("second"), Answer("third")
     decision, passes = play(guarded(CHAT, PROTECTOR), FIRST, BAD, second, BAD, third, GOOD)
     assert passes == [
-        Generate("mllm", CHAT),
+        Generate("mllm", CHAT, screen=SCREEN),
         score("first answer"),
-        Generate("detoxifier", prompts.rewrite_with_question("How?", "first answer"), "rewrite"),
+        rewrite("first answer"),
         score("second"),
-        Generate("detoxifier", prompts.rewrite_with_question("How?", "second"), "rewrite"),
+        rewrite("second"),
         score("third"),
     ]
     assert (decision.answer, decision.outcome) == (third, Outcome.MENDED)
@@ -107,7 +130,7 @@ def test_a_detoxifier_that_is_a_chat_model_is_asked_through_its_template(play):
     guard = Guard.protector(template="response", chat_template=True)
     _, passes = play(guarded(CHAT, guard), FIRST, BAD, Answer("second"), GOOD)
     message = prompts.rewrite_with_question("How?", "first answer")
-    assert passes[2] == Generate("detoxifier", asked(message), "rewrite")
+    assert passes[2] == replace(rewrite("first answer"), prompt=asked(message))
 
 
 def test_protector_without_a_detoxifier_refuses(play):
@@ -440,15 +463,22 @@ def test_a_foreign_remedy_must_give_an_answer(play, gives):
         (Guard, {"max_rounds": True}),
         (Guard, {"max_rounds": 101}),
         (Guard, {"recheck": None}),
+        (Guard, {"speculate": 1}),
+        (Guard, {"released": Guard.ecso(published=True).released, "speculate": True}),
         (Guard, {"refusal": " "}),
         (Guard, {"detector": "detector"}),
         (Guard, {"remedy": None}),
         (Guard.protector, {"published": True, "max_rounds": 3}),
         (Guard.protector, {"published": True, "template": "question_answer"}),
         (Guard.protector, {"published": True, "chat_template": True}),
+        (Guard.protector, {"published": True, "stop_below": 0.1}),
+        (Guard.protector, {"screen": False, "stop_below": 0.1}),
         (Guard.ecso, {"published": True, "mode": "text"}),
+        (Guard.ecso, {"published": True, "speculate": True}),
         (Guard.ecso, {"published": True, "max_rounds": 1}),
         (Detoxify, {"timeout": 0}),
+        (Detoxify, {"draft_tokens": -1}),
+        (Detoxify, {"draft_tokens": True}),
         (EyesClosed, {"timeout": math.inf}),
         (Refuse, {"text": ""}),
     ],
@@ -462,51 +492,85 @@ def test_a_guard_that_makes_no_sense_is_refused(make, fields):
 
 texts = st.sampled_from(["", " ", "no", "yes", "Yes.", "fine", "first"])
 probabilities = st.floats(-0.5, 1.5) | st.just(math.nan)
+probability = st.floats(0, 1)
+screened = st.none() | st.builds(
+    Screened, st.sampled_from([SCREEN, Screen("probe", None), Screen("other", ())]), probabilities, st.just(0.5)
+)
+answers = st.tuples(texts, screened, st.booleans()).map(
+    lambda drawn: Answer(drawn[0], screened=drawn[1], stopped_early=drawn[2])
+)
 results = st.one_of(
-    st.builds(Answer, texts),
+    answers,
     st.builds(Scored, probabilities, st.just(0.5) | probabilities),
     st.builds(Chosen, st.tuples(probabilities, probabilities)),
-    st.sampled_from([None, PassTimeout("late"), TooLong("long"), PassError("no"), ValueError("odd")]),
+    st.sampled_from([None, Handle(7), PassTimeout("late"), TooLong("long"), PassError("no"), ValueError("odd")]),
 )
 # a result that fits its pass, or once in a while one that does not
 fitting = {
-    Generate: st.builds(Answer, texts) | results,
-    Score: st.builds(Scored, st.floats(0, 1), st.just(0.5)) | results,
+    Generate: answers | results,
+    Score: st.builds(Scored, probability, st.just(0.5)) | results,
     Choose: st.builds(Chosen, st.tuples(st.floats(0, 0.5), st.floats(0, 0.5))) | results,
+    Start: st.builds(Handle, st.integers(0, 9)) | results,
+    Wait: answers | results,
+    Cancel: st.none(),
 }
+detectors = st.sampled_from(
+    [
+        HarmHead(template="response"),
+        HarmHead(),
+        SelfJudge(),
+        SelfJudge(mode="text"),
+        SelfJudge(mode="continue"),
+        Probe(),
+        Probe(fallback=HarmHead(template="response")),
+        Cascade(Probe(), SelfJudge(), (0.3, 0.7)),
+        Cascade(HarmHead(template="response"), HarmHead("dear", "question_answer"), (0.0, 1.0)),
+    ]
+)
 guards = st.one_of(
     st.sampled_from([Guard.protector(published=True), Guard.ecso(published=True)]),
     st.builds(
         Guard,
-        st.sampled_from([HarmHead(template="response"), HarmHead(), SelfJudge(), SelfJudge(mode="text")]),
+        detectors,
         st.sampled_from([Detoxify(), EyesClosed(), Refuse()]),
         st.integers(0, 4),
         st.booleans(),
+        speculate=st.booleans(),
     ),
 )
 
 
-@given(guards, st.sampled_from([CHAT, SEEN]), texts, st.data())
+class Run:
+    """A loop with drawn results: what it asked for, the texts it may show, the passes that it left running."""
+
+    def __init__(self, loop, first, draw):
+        self.asked, self.answers, self.running = [next(loop)], [], []
+        result, self.decision = first, None
+        try:
+            while True:
+                ask = self.asked[-1]
+                if isinstance(result, Answer) and getattr(ask, "label", None) in ANSWER_LABELS:
+                    self.answers.append(result)
+                if isinstance(ask, Start) and isinstance(result, Handle):
+                    self.running.append(result)
+                following = loop.throw(result) if isinstance(result, Exception) else loop.send(result)
+                self.asked.append(following)
+                if isinstance(following, Wait | Cancel):
+                    self.running.remove(following.handle)
+                result = draw(fitting[type(following)])
+        except StopIteration as stop:
+            self.decision = stop.value
+
+
+@given(guards, st.sampled_from([CHAT, SEEN]), answers, st.data())
 def test_nothing_goes_out_that_its_guard_has_not_cleared(guard, chat, first, data):
-    loop = guarded(chat, guard)
-    asked, ran, texts_of_answers = next(loop), [], []
-    result = Answer(first)
-    try:
-        while True:
-            ran.append(asked)
-            if isinstance(result, Exception):
-                asked = loop.throw(result)
-            else:
-                if isinstance(result, Answer) and getattr(asked, "label", None) in ANSWER_LABELS:
-                    texts_of_answers.append(result.text)
-                asked = loop.send(result)
-            result = data.draw(fitting[type(asked)])
-    except StopIteration as stop:
-        decision = stop.value
-    judged = decision.judged
-    assert sum(one.label in ("rewrite", "eyes_closed") for one in ran) <= guard.max_rounds
+    run = Run(guarded(chat, guard), first, data.draw)
+    decision, judged = run.decision, run.decision.judged
+    assert not run.running
+    mended = [ask for ask in run.asked if isinstance(ask, Generate) and ask.label in ("rewrite", "eyes_closed")]
+    assert len(mended) <= guard.max_rounds
     # verdicts are about the answers, in their order
-    assert [text.strip() for text, _ in judged] == [text.strip() for text in texts_of_answers[: len(judged)]]
+    assert [text.strip() for text, _ in judged] == [one.text.strip() for one in run.answers[: len(judged)]]
     if decision.outcome == Outcome.REFUSED:
         assert decision.answer.text in (guard.refusal, prompts.REFUSAL)
         assert decision.reason
@@ -514,7 +578,19 @@ def test_nothing_goes_out_that_its_guard_has_not_cleared(guard, chat, first, dat
     cleared = bool(judged) and judged[-1].text == decision.answer.text and judged[-1].verdict.harmless
     unchecked = decision.outcome == Outcome.MENDED and not guard.recheck
     assert cleared or unchecked
-    assert (decision.outcome == Outcome.CLEAN) is (len(texts_of_answers) == 1)
+    assert not (cleared and decision.answer.stopped_early)
+    assert (decision.outcome == Outcome.CLEAN) is (len(run.answers) == 1)
+
+
+@given(detectors, st.sampled_from([CHAT, SEEN]), answers, st.data())
+def test_an_audit_shows_the_answer_and_flags_what_is_not_cleared(detector, chat, first, data):
+    run = Run(guarded(chat, Guard(detector, speculate=True), "audit"), first, data.draw)
+    decision, (only,) = run.decision, run.decision.judged
+    assert decision.answer == first
+    assert run.asked[0].release == "audit"
+    assert decision.outcome == (Outcome.CLEAN if only.verdict.harmless else Outcome.FLAGGED)
+    assert (decision.reason is None) is only.verdict.harmless
+    assert not any(isinstance(ask, Start) or getattr(ask, "label", "") == "rewrite" for ask in run.asked)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(0, 4))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stockade.engine.guards import prompts
-from stockade.engine.guards.detectors import published_unsafe
+from stockade.engine.guards.self_judge import published_unsafe
 from stockade.engine.images import load_image
 from stockade.engine.text import Segment, Untrusted, segments_text
 
