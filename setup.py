@@ -32,7 +32,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"stockade": "."},
     packages=["stockade"] + [f"stockade.{name}" for name in find_packages(".", include=PACKAGES)],
-    package_data={"stockade": ["engine/models/data/*", "bench/data/*"]},
+    package_data={"stockade": ["engine/models/data/*", "bench/data/*", "kernels/*.cpp"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

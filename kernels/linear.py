@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native as tiles
+from .native import Native, PackedMatrix
+from .rms_norm import rms_norm
+
 # The number of rows oneDNN is told to expect. It picks the blocking; 16 costs a single row nothing (77 against
 # 94 us for 960 x 576 in bf16 on two cores when told 1) and keeps batched decoding and prefill fast.
 EXPECTED_ROWS = 16
@@ -17,25 +21,41 @@ EXPECTED_ROWS = 16
 class Linear:
     """A frozen linear map. `weight` is [out, in]; `bias` [out] or None; both of one dtype on one device.
 
-    On a CPU whose oneDNN supports the dtype, `pack()` replaces the weight by oneDNN's own blocked copy, which
-    saves the reordering that `F.linear` does at every call.
+    `pack()` replaces the weight by a copy in tiles for the native kernels, or in oneDNN's own blocks where oneDNN
+    supports the dtype, which saves the reordering that `F.linear` does at every call.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
         self.packed = False
+        self.matrix: PackedMatrix | None = None
+        self._native: Native | None = None
 
-    def pack(self) -> None:
-        if not self.packed and can_pack(self.weight):
+    def pack(self, native: Native | None = None, into: Tensor | None = None) -> None:
+        """native: multiply by the native kernels, where the shape allows it. into: as of `native.pack`."""
+        if self.packed:
+            return
+        if native is not None and tiles.can_pack(self.weight):
+            self.matrix = tiles.pack(self.weight, self.bias, into)
+            self.weight, self._native, self.packed = self.matrix.tiles, native, True
+        elif can_pack(self.weight):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, EXPECTED_ROWS)
             self.packed = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> [rows, out]."""
+        if self._native is not None and self.matrix is not None:
+            return self._native.linear(x, self.matrix)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+    def after_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The map of x's RMS norm."""
+        if self._native is not None and self.matrix is not None:
+            return self._native.linear(x, self.matrix, norm, eps)
+        return self(rms_norm(x, norm, eps))
 
 
 def can_pack(weight: Tensor) -> bool:

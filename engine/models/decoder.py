@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.huge_pages import collapse
+from ...kernels import native
+from ...kernels.huge_pages import collapse, prefer
 from ...kernels.linear import Linear
 from ...kernels.lora import ActiveAdapters
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import rope_, rope_angles
 from ...kernels.swiglu import swiglu
 from ..errors import UnknownArchitecture
+from .bundles import default_cache
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -117,6 +119,13 @@ class DecoderLayer:
     def linears(self) -> tuple[Linear, ...]:
         return (self.qkv, self.o, self.gate, self.up, self.down)
 
+    def packed(self, window: int | None) -> native.LayerWeights:
+        """What the native kernels need of a layer whose maps are packed for them."""
+        qkv, o, gate, up, down = (linear.matrix for linear in self.linears)
+        assert qkv and o and gate and up and down
+        norms = self.input_norm, self.post_norm, self.q_norm, self.k_norm
+        return native.LayerWeights(qkv, o, gate, up, down, *norms, window)
+
 
 class Decoder:
     """All weights of a decoder, empty until its `slots` are filled, and the steps of its forward pass.
@@ -146,6 +155,7 @@ class Decoder:
         if with_head and full:
             weight = self.embedding if config.tied else torch.empty_like(self.embedding)
             self.head = Linear(weight)
+        self.native: native.NativeLayers | None = None
         self._inv_freq, self._rope_scaling = _inverse_frequencies(config, device)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
@@ -170,12 +180,29 @@ class Decoder:
             yield "lm_head.weight", self.head.weight
 
     def freeze(self) -> None:
-        """Call once, when the slots are filled: packs the weights, one matrix at a time, into huge pages."""
+        """Call once, when the slots are filled: packs the weights, one matrix at a time, into huge pages.
+
+        Where the native kernels work, `native` runs whole layers from then on; `block` goes on working.
+        """
         linears = [linear for layer in self.layers for linear in layer.linears]
         linears += [] if self.head is None else [self.head]
-        for linear in linears:
-            linear.pack()
-        collapse(linear.weight for linear in linears)
+        library = native.load(default_cache()) if all(native.can_pack(linear.weight) for linear in linears) else None
+        if not isinstance(library, native.Native):
+            for linear in linears:
+                linear.pack()
+            collapse(linear.weight for linear in linears)
+            return
+        sizes = [native.packed_elements(*linear.weight.shape) for linear in linears]
+        arena = torch.empty(sum(sizes), device=self.device, dtype=self.dtype)
+        prefer(arena)
+        for linear, part in zip(linears, arena.split(sizes), strict=True):
+            linear.pack(library, part)
+        config = self.config
+        if config.head_dim % native.INPUTS == 0 and config.head_dim <= native.MAX_HEAD_DIM and self.layers:
+            weights = [layer.packed(window) for layer, window in zip(self.layers, config.windows, strict=False)]
+            self.native = native.NativeLayers(
+                library, weights, config.heads, config.kv_heads, config.head_dim, config.norm_eps
+            )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""
@@ -229,7 +256,7 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         """x [n, hidden], the output of the last layer -> [n, vocab] in the model's dtype."""
         assert self.head is not None and self.norm is not None, "this decoder has no output matrix"
-        return self.head(rms_norm(x, self.norm, self.config.norm_eps))
+        return self.head.after_norm(x, self.norm, self.config.norm_eps)
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

@@ -1,0 +1,615 @@
+// Decoder layers and linear maps in bf16 for CPUs with AMX: plain C functions on raw pointers, one OpenMP region a call.
+//
+// Weights are panels of 16 output columns, a panel is a row of tiles, a tile holds 32 inputs of 16 columns in the order
+// that TDPBF16PS reads them: [columns / 16][inputs / 32][16 pairs of inputs][16 columns][2]. Sums are fp32; a value is
+// rounded to bf16 where it is stored. What a row becomes does not depend on the rows beside it, bit for bit: every
+// sum runs in one order, and what a mask hides adds exact zeros.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+using std::min;
+
+constexpr int64_t TILE = 1024;         // bytes
+constexpr int64_t SUPERBLOCK = 256;    // rows that share one pass over a thread's weights: their inputs stay in L2
+constexpr int64_t KEYS = 128;          // keys between two looks at the running maximum
+constexpr int64_t QUERY_TILES = 4;     // tiles of 16 queries that share one reading of keys and values
+constexpr int64_t MAX_DIM = 256;       // of a head
+constexpr float HIDDEN_MAX = -1e30f;   // a running maximum before anything was seen; finite, so that differences are
+
+struct Matrix {
+    const uint8_t* tiles;
+    const bf16* bias;  // or null
+};
+
+struct Layer {
+    Matrix qkv, o, gate, up, down;
+    const bf16 *input_norm, *post_norm;
+    const bf16 *q_norm, *k_norm;  // or null
+    int64_t window;               // 0: none
+};
+
+struct Shape {
+    int64_t hidden, heads, kv_heads, dim, ffn;
+    double eps, scale;
+};
+
+// Keys and values of the sequences of one depth: a base a layer, strides in elements, rows that exist.
+struct Cache {
+    bf16* const* layers;
+    int64_t head_stride, row_stride, rows;
+};
+
+// `count` query rows from `row` on, the first at `position` of its context; its keys lie in `runs` runs.
+struct Sequence {
+    int64_t row, count, position, cache, first_run, runs;
+};
+
+struct Run {
+    int64_t row, tokens;
+};
+
+struct Team {
+    int id, size;
+};
+
+// A thread's own memory.
+struct alignas(64) Scratch {
+    float c[32 * MAX_DIM];                              // a block of outputs
+    uint32_t queries[QUERY_TILES][MAX_DIM / 32][256];   // Q^T in tiles
+    float scores[QUERY_TILES][KEYS][16];                // S^T, then P^T: a lane a query
+    uint32_t probs[QUERY_TILES][KEYS / 32][256];        // P in tiles
+    float out[QUERY_TILES][16 * MAX_DIM];
+    uint32_t values[KEYS / 2 * MAX_DIM];                // V, two rows interleaved
+    bf16 tail[16 * MAX_DIM];                            // keys at the end of a run
+    int32_t places[QUERY_TILES][16];                    // positions of the queries
+};
+
+// ---- sixteen lanes ----
+
+inline __m512 load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline void store(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+// 2^t, relative error below 2e-7 (a minimax polynomial of degree 5 on [-1/2, 1/2]); 0 below the normal numbers, NaN stays NaN.
+inline __m512 exp2(__m512 t) {
+    const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(t, whole);
+    __m512 p = _mm512_set1_ps(1.3264727e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.671513e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507336e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314700e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    const __mmask16 normal = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, p, whole);
+}
+
+inline __m512 silu(__m512 x) {
+    // the bound keeps 1 + exp(-x) finite; min returns its second operand where that is NaN
+    const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    const __m512 d = _mm512_add_ps(_mm512_set1_ps(1.0f), exp2(t));
+    const __m512 r = _mm512_rcp14_ps(d);
+    return _mm512_mul_ps(x, _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f))));
+}
+
+// ---- tiles: 0-3 sums, 4-5 left operands, 6-7 right operands ----
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Sums and left operands have `rows` rows: a single row costs less than sixteen.
+void configure(int64_t rows) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = tile < 6 ? (uint8_t)rows : 16;
+    }
+    _tile_loadconfig(&config);
+}
+
+// c [rows][width]: columns 0-15 = a times the panel w0, 16-31 = a times w1. a: [rows][lda] with tile_rows * 16 rows
+// that may be read (or as many as tiles have).
+void multiply(const bf16* a, int64_t lda, bool two, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c,
+              int64_t width) {
+    const int64_t stride = lda * 2, c_stride = width * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (!two) {
+        for (int64_t k = 0; k < k_tiles; k++) {
+            _tile_loadd(4, a + k * 32, stride);
+            _tile_loadd(6, w0 + k * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w1 + k * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+        const bf16* b = a + 16 * lda;
+        for (int64_t k = 0; k < k_tiles; k++) {
+            _tile_loadd(4, a + k * 32, stride);
+            _tile_loadd(6, w0 + k * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w1 + k * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, b + k * 32, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, c + 16 * width, c_stride);
+        _tile_stored(3, c + 16 * width + 16, c_stride);
+    }
+    _tile_stored(0, c, c_stride);
+    _tile_stored(1, c + 16, c_stride);
+}
+
+// Calls work(task, first row, rows) for a thread's share of `tasks` column blocks times all rows, 32 rows at a time.
+template <class Work>
+void share(Team team, int64_t rows, int64_t tasks, Work work) {
+    const int64_t units = tasks * ((rows + SUPERBLOCK - 1) / SUPERBLOCK);
+    for (int64_t unit = units * team.id / team.size; unit < units * (team.id + 1) / team.size; unit++) {
+        const int64_t first = unit / tasks * SUPERBLOCK, last = min(rows, first + SUPERBLOCK);
+        for (int64_t row = first; row < last; row += 32) work(unit % tasks, row, min<int64_t>(32, last - row));
+    }
+}
+
+// ---- norms and rotation ----
+
+float inverse_rms(const float* x, int64_t width, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+        const __m512 v = _mm512_loadu_ps(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps);
+}
+
+void rms_norm(const bf16* x, const bf16* weight, int64_t width, float eps, bf16* out) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+        const __m512 v = load(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps));
+    for (int64_t i = 0; i < width; i += 16)
+        store(out + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
+}
+
+// One head of one row: norm where there is one, rotate (sin carries the sign of each half), round.
+void finish_head(float* x, int64_t dim, const bf16* norm, float eps, const bf16* cos, const bf16* sin, bf16* out) {
+    if (norm) {
+        const __m512 scale = _mm512_set1_ps(inverse_rms(x, dim, eps));
+        for (int64_t i = 0; i < dim; i += 16)
+            _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), load(norm + i)));
+    }
+    for (int64_t i = 0; i < dim; i += 16) {
+        const int64_t partner = i < dim / 2 ? i + dim / 2 : i - dim / 2;
+        const __m512 turned = _mm512_mul_ps(_mm512_loadu_ps(x + partner), load(sin + i));
+        store(out + i, _mm512_fmadd_ps(_mm512_loadu_ps(x + i), load(cos + i), turned));
+    }
+}
+
+// ---- attention ----
+
+// Query rows [first, first + rows) of one key head: row f is position f / group, head f % group of the group.
+struct QueryBlock {
+    const Sequence* sequence;
+    int64_t kv_head, first, rows;
+};
+
+void transpose(const __m512i in[16], uint32_t* out) {
+    __m512i t[16], u[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            u[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
+            u[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
+        }
+    // u[4 i + c]: rows 4i .. 4i+3, columns c, c + 4, c + 8, c + 12
+    for (int c = 0; c < 4; c++) {
+        const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xdd);
+        _mm512_store_si512(out + 16 * c, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_store_si512(out + 16 * (c + 8), _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_store_si512(out + 16 * (c + 4), _mm512_shuffle_i32x4(d, e, 0x88));
+        _mm512_store_si512(out + 16 * (c + 12), _mm512_shuffle_i32x4(d, e, 0xdd));
+    }
+}
+
+// Keys [0, count) of a run times the queries: S^T. `left`: rows of the run from `keys` on; nothing beyond is read.
+void score(const bf16* keys, int64_t row_stride, int64_t left, int64_t count, int64_t dim, int64_t tiles, Scratch& my) {
+    for (int64_t key = 0; key < count; key += 16) {
+        const bf16* block = keys + key * row_stride;
+        int64_t stride = row_stride * 2;
+        if (left - key < 16) {
+            std::memset(my.tail, 0, 16 * dim * 2);
+            for (int64_t i = 0; i < left - key; i++) std::memcpy(my.tail + i * dim, block + i * row_stride, dim * 2);
+            block = my.tail;
+            stride = dim * 2;
+        }
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t d = 0; d < dim / 32; d++) {
+            _tile_loadd(4, block + d * 32, stride);
+            _tile_loadd(6, my.queries[0][d], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (tiles > 1) {
+                _tile_loadd(7, my.queries[1][d], 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (tiles > 2) {
+                _tile_loadd(6, my.queries[2][d], 64);
+                _tile_dpbf16ps(2, 4, 6);
+            }
+            if (tiles > 3) {
+                _tile_loadd(7, my.queries[3][d], 64);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+        }
+        _tile_stored(0, my.scores[0][key], 64);
+        if (tiles > 1) _tile_stored(1, my.scores[1][key], 64);
+        if (tiles > 2) _tile_stored(2, my.scores[2][key], 64);
+        if (tiles > 3) _tile_stored(3, my.scores[3][key], 64);
+    }
+}
+
+// Rows [0, count) of V, `left` of which exist (the rest is zero), interleaved by pairs.
+void interleave(const bf16* rows, int64_t row_stride, int64_t left, int64_t count, int64_t dim, Scratch& my) {
+    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t row = 0; row < count; row += 2)
+        for (int64_t d = 0; d < dim; d += 32) {
+            const bf16* at = rows + row * row_stride + d;
+            const __m512i even = row < left ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+            const __m512i odd = row + 1 < left ? _mm512_loadu_si512(at + row_stride) : _mm512_setzero_si512();
+            _mm512_store_si512(&my.values[row / 2 * dim + d], _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(&my.values[row / 2 * dim + d + 16], _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+
+// Turns the scores of a tile of queries into probabilities. Keys stand at `position` and on, `seen` of `count` exist.
+void soften(int64_t tile, int64_t position, int64_t seen, int64_t count, int64_t window, int64_t dim, __m512 scale,
+            __m512& peak, __m512& sum, Scratch& my) {
+    float(*s)[16] = my.scores[tile];
+    const __m512i places = _mm512_load_si512(my.places[tile]);
+    const int64_t lowest = _mm512_reduce_min_epi32(places), highest = _mm512_reduce_max_epi32(places);
+    const __m512 hidden = _mm512_set1_ps(-INFINITY);
+    if (position + seen - 1 > lowest || (window && position <= highest - window))
+        for (int64_t key = 0; key < seen; key++) {
+            const __m512i place = _mm512_set1_epi32((int32_t)(position + key));
+            __mmask16 visible = _mm512_cmple_epi32_mask(place, places);
+            if (window)
+                visible &= _mm512_cmpgt_epi32_mask(place, _mm512_sub_epi32(places, _mm512_set1_epi32((int32_t)window)));
+            _mm512_store_ps(s[key], _mm512_mask_mov_ps(hidden, visible, _mm512_load_ps(s[key])));
+        }
+    for (int64_t key = seen; key < count; key++) _mm512_store_ps(s[key], hidden);
+    __m512 top[2] = {hidden, hidden};
+    for (int64_t key = 0; key < count; key += 2) {
+        top[0] = _mm512_max_ps(top[0], _mm512_load_ps(s[key]));
+        top[1] = _mm512_max_ps(top[1], _mm512_load_ps(s[key + 1]));
+    }
+    const __m512 now = _mm512_max_ps(peak, _mm512_mul_ps(_mm512_max_ps(top[0], top[1]), scale));
+    if (_mm512_cmp_ps_mask(now, peak, _CMP_NEQ_UQ)) {
+        const __m512 shrunk = exp2(_mm512_sub_ps(peak, now));
+        alignas(64) float factors[16];
+        _mm512_store_ps(factors, shrunk);
+        for (int64_t query = 0; query < 16; query++)
+            for (int64_t d = 0; d < dim; d += 16) {
+                float* at = my.out[tile] + query * dim + d;
+                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(factors[query])));
+            }
+        sum = _mm512_mul_ps(sum, shrunk);
+        peak = now;
+    }
+    alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(PAIRS);
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t key = 0; key < count; key += 32) {
+        __m512i pairs[16];
+        for (int64_t i = 0; i < 16; i++) {
+            const __m512 even = exp2(_mm512_fmsub_ps(_mm512_load_ps(s[key + 2 * i]), scale, peak));
+            const __m512 odd = exp2(_mm512_fmsub_ps(_mm512_load_ps(s[key + 2 * i + 1]), scale, peak));
+            sums[0] = _mm512_add_ps(sums[0], even);
+            sums[1] = _mm512_add_ps(sums[1], odd);
+            pairs[i] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        }
+        transpose(pairs, my.probs[tile][key / 32]);
+    }
+    sum = _mm512_add_ps(sum, _mm512_add_ps(sums[0], sums[1]));
+}
+
+// out += P V for a tile of queries and `count` keys
+void mix(int64_t tile, int64_t count, int64_t dim, Scratch& my) {
+    const int64_t stride = dim * 4;
+    for (int64_t d = 0; d < dim; d += 64) {
+        const bool four = d + 32 < dim;
+        float* out = my.out[tile] + d;
+        _tile_loadd(0, out, stride);
+        _tile_loadd(1, out + 16, stride);
+        if (four) {
+            _tile_loadd(2, out + 32, stride);
+            _tile_loadd(3, out + 48, stride);
+        }
+        for (int64_t key = 0; key < count; key += 32) {
+            const uint32_t* values = &my.values[key / 2 * dim + d];
+            _tile_loadd(4, my.probs[tile][key / 32], 64);
+            _tile_loadd(6, values, stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, values + 16, stride);
+            _tile_dpbf16ps(1, 4, 7);
+            if (four) {
+                _tile_loadd(6, values + 32, stride);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(7, values + 48, stride);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+        }
+        _tile_stored(0, out, stride);
+        _tile_stored(1, out + 16, stride);
+        if (four) {
+            _tile_stored(2, out + 32, stride);
+            _tile_stored(3, out + 48, stride);
+        }
+    }
+}
+
+// q, out: [rows][heads * dim]
+void attend(const Shape& shape, const QueryBlock& block, const Cache& cache, const bf16* base, const Run* runs,
+            int64_t window, const bf16* q, bf16* out, Scratch& my) {
+    const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads, width = shape.heads * dim;
+    const int64_t tiles = (block.rows + 15) / 16;
+    const Sequence& sequence = *block.sequence;
+    const auto offset = [&](int64_t row) {
+        const int64_t f = block.first + row;
+        return (sequence.row + f / group) * width + (block.kv_head * group + f % group) * dim;
+    };
+    __m512 peak[QUERY_TILES], sum[QUERY_TILES];
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        peak[tile] = _mm512_set1_ps(HIDDEN_MAX);
+        sum[tile] = _mm512_setzero_ps();
+        for (int64_t lane = 0; lane < 16; lane++) {
+            // lanes beyond the last query repeat it
+            const int64_t row = min(tile * 16 + lane, block.rows - 1);
+            my.places[tile][lane] = (int32_t)(sequence.position + (block.first + row) / group);
+            const uint32_t* from = (const uint32_t*)(q + offset(row));
+            for (int64_t pair = 0; pair < dim / 2; pair++)
+                my.queries[tile][pair / 16][pair % 16 * 16 + lane] = from[pair];
+            std::memset(my.out[tile] + lane * dim, 0, dim * 4);
+        }
+    }
+    const int64_t first_place = sequence.position + block.first / group;
+    const int64_t stop = sequence.position + (block.first + block.rows - 1) / group + 1;
+    const int64_t start = window ? std::max<int64_t>(0, first_place - window + 1) : 0;
+    const __m512 scale = _mm512_set1_ps((float)(shape.scale * 1.4426950408889634));
+    const bf16* keys = base + block.kv_head * cache.head_stride;
+    const bf16* values = base + (shape.kv_heads + block.kv_head) * cache.head_stride;
+    int64_t position = 0;
+    for (int64_t run = sequence.first_run; run < sequence.first_run + sequence.runs; run++) {
+        for (int64_t at = 0; at < runs[run].tokens; at += KEYS) {
+            const int64_t here = position + at, left = runs[run].tokens - at;
+            const int64_t seen = min(min(left, KEYS), stop - here);
+            if (seen <= 0 || here + seen <= start) continue;
+            const int64_t count = (seen + 31) / 32 * 32, row = (runs[run].row + at) * cache.row_stride;
+            score(keys + row, cache.row_stride, left, (seen + 15) / 16 * 16, dim, tiles, my);
+            interleave(values + row, cache.row_stride, seen, count, dim, my);
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                soften(tile, here, seen, count, window, dim, scale, peak[tile], sum[tile], my);
+                mix(tile, count, dim, my);
+            }
+        }
+        position += runs[run].tokens;
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        alignas(64) float share[16];
+        _mm512_store_ps(share, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[tile]));
+        for (int64_t lane = 0; lane < min<int64_t>(16, block.rows - tile * 16); lane++)
+            for (int64_t d = 0; d < dim; d += 16)
+                store(out + offset(tile * 16 + lane) + d,
+                      _mm512_mul_ps(_mm512_load_ps(my.out[tile] + lane * dim + d), _mm512_set1_ps(share[lane])));
+    }
+}
+
+// ---- the layers ----
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+std::unique_ptr<T[], Free> aligned(int64_t count) {
+    return std::unique_ptr<T[], Free>((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+}
+
+inline int64_t padded(int64_t rows) { return (rows + 31) / 32 * 32; }
+
+inline __m512 with_bias(const float* c, const bf16* bias, int64_t column) {
+    const __m512 v = _mm512_loadu_ps(c);
+    return bias ? _mm512_add_ps(v, load(bias + column)) : v;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0 when this process may use AMX.
+int stockade_init() { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
+
+// out [rows][n] = (x, or its RMS norm) [rows][k] times the packed matrix, plus its bias. -1: no memory.
+int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, double eps, const Matrix* matrix, int64_t n,
+                    bf16* out, int64_t threads) {
+    const auto input = aligned<bf16>(padded(rows) * k);
+    if (!input) return -1;
+    const int64_t panels = (n + 15) / 16, k_tiles = k / 32;
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        alignas(64) float c[32 * 32];
+        for (int64_t row = rows * team.id / team.size; row < rows * (team.id + 1) / team.size; row++)
+            if (norm)
+                rms_norm(x + row * k, norm, k, (float)eps, &input[row * k]);
+            else
+                std::memcpy(&input[row * k], x + row * k, k * 2);
+#pragma omp barrier
+        configure(min<int64_t>(rows, 16));
+        share(team, rows, (panels + 1) / 2, [&](int64_t task, int64_t first, int64_t count) {
+            const uint8_t* w = matrix->tiles + 2 * task * k_tiles * TILE;
+            const bool last = 2 * task + 1 == panels;
+            multiply(&input[first * k], k, count > 16, w, last ? w : w + k_tiles * TILE, k_tiles, c, 32);
+            for (int64_t row = 0; row < count; row++)
+                for (int64_t half = 0; half < 2; half++) {
+                    const int64_t column = task * 32 + half * 16;
+                    if (column >= n) break;
+                    const __mmask16 mask = (__mmask16)(n - column >= 16 ? 0xffff : (1 << (n - column)) - 1);
+                    __m512 v = _mm512_load_ps(c + row * 32 + half * 16);
+                    if (matrix->bias) {
+                        const __m256i b = _mm256_maskz_loadu_epi16(mask, matrix->bias + column);
+                        v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
+                    }
+                    _mm256_mask_storeu_epi16(out + (first + row) * n + column, mask, (__m256i)_mm512_cvtneps_pbh(v));
+                }
+        });
+        _tile_release();
+    }
+    return 0;
+}
+
+// Runs layers [first, last) over x [rows][hidden] in place, and stores the new keys and values at write_rows.
+// cos, sin: [rows][dim]. sequences: in the order of their rows, which they cover. -1: no memory, -2: a row out of range.
+int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int64_t last, bf16* x, int64_t rows,
+                    const bf16* cos, const bf16* sin, const int64_t* write_rows, const Cache* caches,
+                    const Sequence* sequences, int64_t count, const Run* runs, int64_t threads) {
+    const Shape shape = *shape_;
+    const int64_t hidden = shape.hidden, dim = shape.dim, ffn = shape.ffn, width = shape.heads * dim;
+    const int64_t group = shape.heads / shape.kv_heads, query_heads = shape.heads, key_heads = shape.kv_heads;
+    const float eps = (float)shape.eps;
+    std::vector<const Cache*> cache_of(rows);
+    std::vector<QueryBlock> blocks;
+    for (int64_t i = 0; i < count; i++) {
+        const Sequence& s = sequences[i];
+        const Cache& cache = caches[s.cache];
+        int64_t tokens = 0;
+        for (int64_t run = s.first_run; run < s.first_run + s.runs; run++) {
+            if (runs[run].row < 0 || runs[run].row + runs[run].tokens > cache.rows) return -2;
+            tokens += runs[run].tokens;
+        }
+        if (s.row < 0 || s.row + s.count > rows || tokens != s.position + s.count) return -2;
+        for (int64_t row = s.row; row < s.row + s.count; row++) {
+            if (write_rows[row] < 0 || write_rows[row] >= cache.rows) return -2;
+            cache_of[row] = &cache;
+        }
+        for (int64_t head = 0; head < key_heads; head++)
+            for (int64_t at = 0; at < s.count * group; at += 16 * QUERY_TILES)
+                blocks.push_back({&s, head, at, min(16 * QUERY_TILES, s.count * group - at)});
+    }
+    if (std::find(cache_of.begin(), cache_of.end(), nullptr) != cache_of.end()) return -2;
+    const int64_t block_count = (int64_t)blocks.size(), room = padded(rows);
+    const auto normed = aligned<bf16>(room * hidden), q = aligned<bf16>(room * width), mixed = aligned<bf16>(room * width);
+    const auto wide = aligned<bf16>(room * ffn);
+    const auto scratch = aligned<Scratch>(threads);
+    if (!normed || !q || !mixed || !wide || !scratch) return -1;
+    const int64_t tile_rows = min<int64_t>(rows, 16), hidden_tiles = hidden / 32;
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        Scratch& my = scratch[team.id];
+        const auto norm = [&](const bf16* weight) {
+            for (int64_t row = rows * team.id / team.size; row < rows * (team.id + 1) / team.size; row++)
+                rms_norm(x + row * hidden, weight, hidden, eps, &normed[row * hidden]);
+        };
+        // x += input times matrix, 32 columns a task
+        const auto add_to_x = [&](const bf16* input, const Matrix& matrix, int64_t k) {
+            share(team, rows, hidden / 32, [&](int64_t task, int64_t from, int64_t some) {
+                const uint8_t* w = matrix.tiles + 2 * task * (k / 32) * TILE;
+                multiply(input + from * k, k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
+                for (int64_t row = 0; row < some; row++)
+                    for (int64_t half = 0; half < 32; half += 16) {
+                        bf16* at = x + (from + row) * hidden + task * 32 + half;
+                        store(at, _mm512_add_ps(load(at), with_bias(my.c + row * 32 + half, matrix.bias, task * 32 + half)));
+                    }
+            });
+        };
+        configure(tile_rows);
+        for (int64_t number = first; number < last; number++) {
+            const Layer& layer = layers[number];
+            norm(layer.input_norm);
+#pragma omp barrier
+            share(team, rows, query_heads + 2 * key_heads, [&](int64_t head, int64_t from, int64_t some) {
+                for (int64_t column = 0; column < dim; column += 32) {
+                    const uint8_t* w = layer.qkv.tiles + (head * dim + column) / 16 * hidden_tiles * TILE;
+                    multiply(&normed[from * hidden], hidden, some > 16, w, w + hidden_tiles * TILE, hidden_tiles,
+                             my.c + column, dim);
+                }
+                for (int64_t row = 0; row < some; row++) {
+                    float* c = my.c + row * dim;
+                    const int64_t place = from + row, key_head = head - query_heads;
+                    if (layer.qkv.bias)
+                        for (int64_t i = 0; i < dim; i += 16)
+                            _mm512_storeu_ps(c + i, with_bias(c + i, layer.qkv.bias, head * dim + i));
+                    const Cache& cache = *cache_of[place];
+                    bf16* out = key_head < 0 ? &q[place * width + head * dim]
+                                             : cache.layers[number] + key_head * cache.head_stride +
+                                                   write_rows[place] * cache.row_stride;
+                    if (key_head < key_heads)
+                        finish_head(c, dim, key_head < 0 ? layer.q_norm : layer.k_norm, eps, cos + place * dim,
+                                    sin + place * dim, out);
+                    else
+                        for (int64_t i = 0; i < dim; i += 16) store(out + i, _mm512_loadu_ps(c + i));
+                }
+            });
+#pragma omp barrier
+            if (tile_rows < 16) configure(16);
+            for (int64_t i = team.id; i < block_count; i += team.size) {
+                const Cache& cache = caches[blocks[i].sequence->cache];
+                attend(shape, blocks[i], cache, cache.layers[number], runs, layer.window, q.get(), mixed.get(), my);
+            }
+            if (tile_rows < 16) configure(tile_rows);
+#pragma omp barrier
+            add_to_x(mixed.get(), layer.o, width);
+#pragma omp barrier
+            norm(layer.post_norm);
+#pragma omp barrier
+            share(team, rows, ffn / 16, [&](int64_t task, int64_t from, int64_t some) {
+                const int64_t panel = task * hidden_tiles * TILE;
+                multiply(&normed[from * hidden], hidden, some > 16, layer.gate.tiles + panel, layer.up.tiles + panel,
+                         hidden_tiles, my.c, 32);
+                for (int64_t row = 0; row < some; row++) {
+                    const __m512 gate = with_bias(my.c + row * 32, layer.gate.bias, task * 16);
+                    const __m512 up = with_bias(my.c + row * 32 + 16, layer.up.bias, task * 16);
+                    store(&wide[(from + row) * ffn + task * 16], _mm512_mul_ps(silu(gate), up));
+                }
+            });
+#pragma omp barrier
+            add_to_x(wide.get(), layer.down, ffn);
+#pragma omp barrier
+        }
+        _tile_release();
+    }
+    return 0;
+}
+}

@@ -1,0 +1,316 @@
+"""Whole decoder layers and linear maps in bf16 on CPUs with AMX: `native.cpp`, compiled on first use.
+
+An option. Where there is no compiler, no AMX or an odd shape, `load` says why, and the plain path runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .paged_attention import LayerKV
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
+FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+MAX_HEAD_DIM = 256
+COLUMNS, INPUTS = 16, 32  # of a tile
+
+
+class _Matrix(Structure):
+    _fields_ = (("tiles", c_void_p), ("bias", c_void_p))
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("qkv", "o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        ("window", c_int64),
+    )
+
+
+class _Shape(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "dim", "ffn")),
+        ("eps", c_double),
+        ("scale", c_double),
+    )
+
+
+class _Cache(Structure):
+    _fields_ = (("layers", c_void_p), ("head_stride", c_int64), ("row_stride", c_int64), ("rows", c_int64))
+
+
+class PackedMatrix(NamedTuple):
+    """A weight [out, in] in tiles, [out / 16, in / 32, 16, 16, 2] bf16, columns padded with zeros; and its bias."""
+
+    tiles: Tensor
+    bias: Tensor | None
+    out_features: int
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer. qkv: queries, keys and values of all heads; norms [width] bf16; window None = none."""
+
+    qkv: PackedMatrix
+    o: PackedMatrix
+    gate: PackedMatrix
+    up: PackedMatrix
+    down: PackedMatrix
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int | None
+
+
+class RaggedSequence(NamedTuple):
+    """`length` query rows from `start` on; the first is at `position`.
+
+    runs: (first row, tokens) of its whole context in order of position, the new tokens included.
+    """
+
+    start: int
+    length: int
+    position: int
+    runs: Sequence[tuple[int, int]]
+
+
+class RaggedGroup(NamedTuple):
+    """Sequences whose keys and values lie in one layout: `caches` has a view for every layer that runs."""
+
+    caches: Sequence[LayerKV]
+    sequences: Sequence[RaggedSequence]
+
+
+class Native:
+    """The compiled library. Every call uses torch's own threads."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._linear = library.stockade_linear
+        self._linear.argtypes = (
+            *(c_void_p, c_int64, c_int64, c_void_p, c_double, POINTER(_Matrix)),
+            *(c_int64, c_void_p, c_int64),
+        )
+        self._layers = library.stockade_layers
+        self._layers.argtypes = (
+            *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+        )
+
+    def linear(self, x: Tensor, matrix: PackedMatrix, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """x [rows, in] bf16 -> [rows, out] bf16; with `norm` [in] it is the RMS norm of x that is multiplied."""
+        rows, columns = x.shape
+        if x.dtype is not torch.bfloat16 or columns != matrix.tiles.shape[1] * INPUTS:
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype}, the matrix takes {matrix.tiles.shape[1] * INPUTS} bf16"
+            )
+        x = x.contiguous()
+        out = x.new_empty(rows, matrix.out_features)
+        if rows:
+            pointers = _Matrix(matrix.tiles.data_ptr(), _pointer(matrix.bias))
+            _check(
+                self._linear(
+                    *(x.data_ptr(), rows, columns, _pointer(norm), eps, byref(pointers)),
+                    *(matrix.out_features, out.data_ptr(), torch.get_num_threads()),
+                )
+            )
+        return out
+
+
+class NativeLayers:
+    """The packed layers of one decoder. heads, kv_heads, head_dim, norm_eps: as in its configuration."""
+
+    def __init__(
+        self,
+        native: Native,
+        layers: Sequence[LayerWeights],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+    ) -> None:
+        self._native = native
+        self._weights = layers  # the library holds pointers into them
+        self._hidden = len(layers[0].input_norm)
+        self._shape = _Shape(
+            *(self._hidden, heads, kv_heads, head_dim, layers[0].gate.out_features),
+            *(norm_eps, head_dim**-0.5),
+        )
+        self._layers = (_Layer * len(layers))()
+        for target, layer in zip(self._layers, layers, strict=True):
+            for name in ("qkv", "o", "gate", "up", "down"):
+                matrix: PackedMatrix = getattr(layer, name)
+                setattr(target, name, _Matrix(matrix.tiles.data_ptr(), _pointer(matrix.bias)))
+            for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
+                setattr(target, name, _pointer(getattr(layer, name)))
+            target.window = layer.window or 0
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        write_rows: Tensor,
+        groups: Sequence[RaggedGroup],
+    ) -> None:
+        """Run layers [first, last) over x [rows, hidden] bf16 in place; stores the new keys and values.
+
+        angles: (cos, sin) [rows, 1, head_dim] bf16 as of `rope_angles`. write_rows: [rows] int64, where in its
+        group's pool a row's keys and values go. groups: their sequences cover all rows.
+        Raises `IndexError` where a run or a write leaves the pool, before anything is computed.
+        """
+        cos, sin = angles
+        if not (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and write_rows.is_contiguous()):
+            raise ValueError("rows and angles must be contiguous")
+        if x.dtype is not torch.bfloat16 or cos.dtype is not torch.bfloat16 or x.shape[1] != self._hidden:
+            raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; it must be bf16 of {self._hidden}")
+        caches = (_Cache * len(groups))()
+        places = []  # the arrays that `caches` points to
+        sequences: list[int] = []
+        runs: list[int] = []
+        for number, group in enumerate(groups):
+            place = (c_void_p * last)(*(cache.kv.data_ptr() for cache in group.caches[:last]))
+            places.append(place)
+            kv = group.caches[0].kv
+            caches[number] = _Cache(ctypes.addressof(place), kv.stride(0), kv.stride(1), kv.shape[1])
+            for sequence in group.sequences:
+                sequences += (*sequence[:3], number, len(runs) // 2, len(sequence.runs))
+                for run in sequence.runs:
+                    runs += run
+        _check(
+            self._native._layers(
+                *(byref(self._shape), self._layers, first, last, x.data_ptr(), len(x)),
+                *(cos.data_ptr(), sin.data_ptr(), write_rows.data_ptr(), caches),
+                *((c_int64 * len(sequences))(*sequences), len(sequences) // 6),
+                *((c_int64 * len(runs))(*runs), torch.get_num_threads()),
+            )
+        )
+
+
+def packed_elements(out_features: int, in_features: int) -> int:
+    """How many bf16 numbers the packed form of a weight has."""
+    return -(-out_features // COLUMNS) * COLUMNS * in_features
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether a weight [out, in] can be cut into tiles."""
+    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.shape[1] % INPUTS == 0
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> PackedMatrix:
+    """Cut weight [out, in] into tiles; `into` is where, flat bf16 of `packed_elements` numbers."""
+    out_features, in_features = weight.shape
+    panels = -(-out_features // COLUMNS)
+    if into is None:
+        into = weight.new_empty(packed_elements(out_features, in_features))
+    tiles = into.view(panels, in_features // INPUTS, INPUTS // 2, COLUMNS, 2)
+    whole = out_features // COLUMNS
+    parts = weight.view(out_features, in_features // INPUTS, INPUTS // 2, 2)
+    tiles[:whole] = parts[: whole * COLUMNS].unflatten(0, (whole, COLUMNS)).permute(0, 2, 3, 1, 4)
+    if whole < panels:
+        tiles[whole].zero_()
+        tiles[whole, :, :, : out_features - whole * COLUMNS] = parts[whole * COLUMNS :].permute(1, 2, 0, 3)
+    return PackedMatrix(tiles, bias, out_features)
+
+
+def load(folder: Path) -> Native | str:
+    """The library, compiled into `folder` when it is not there yet; or why there is none. Never raises.
+
+    `STOCKADE_NATIVE=0` turns it off. Safe for many processes at once. Warns once when a compiler fails.
+    """
+    if os.environ.get("STOCKADE_NATIVE") == "0":
+        return "turned off by STOCKADE_NATIVE=0"
+    return _load(folder)
+
+
+@functools.cache
+def _load(folder: Path) -> Native | str:
+    missing = _missing_features()
+    if missing:
+        return f"this processor or system lacks {missing}"
+    openmp = _loaded_openmp()
+    if len(openmp) != 1:
+        # threads of a second OpenMP library would wait for their turn beside torch's
+        return "torch does not use GNU OpenMP here" if not openmp else "several OpenMP libraries are loaded"
+    try:
+        path = _compiled(folder, openmp[0])
+        library = ctypes.CDLL(str(path))
+        if _loaded_openmp() != openmp:
+            return "the compiled library brought an OpenMP library of its own"
+        if library.stockade_init() != 0:
+            return "the system does not let this process use AMX"
+        return Native(library)
+    except FileNotFoundError as error:
+        return str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        warnings.warn(f"the native kernels could not be built, PyTorch runs instead: {told}", stacklevel=2)
+        return f"building it failed: {type(error).__name__}"
+
+
+def _missing_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "/proc/cpuinfo"
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return ", ".join(feature for feature in FEATURES if feature not in flags)
+
+
+def _loaded_openmp() -> list[str]:
+    """The OpenMP libraries of GNU that this process has mapped."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/" in line}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _compiled(folder: Path, openmp: str) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise FileNotFoundError("there is no compiler (g++)")
+    version = _run(compiler, "-dumpfullversion")
+    flags = (
+        *FLAGS,
+        *(f"-m{feature.replace('_', '-') if 'amx' in feature else feature.replace('_', '')}" for feature in FEATURES),
+    )
+    named = "\0".join((SOURCE.read_text(encoding="utf-8"), *flags, version, openmp, sys.platform))
+    target = folder / f"native-{hashlib.sha256(named.encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            out = Path(made) / target.name
+            # linked to the very library that torch has loaded, under whatever name, so that threads are shared
+            _run(compiler, *flags, "-o", str(out), str(SOURCE), openmp)
+            out.replace(target)
+    return target
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(code: int) -> None:
+    if code == -1:
+        raise MemoryError("no memory for the hidden states of a step")
+    if code:
+        raise IndexError("a row of keys and values lies outside the pool")
