@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .console import plain_table
 from .engine.errors import BadInput
+from .engine.models.vision import FeatureCache
 from .engine.request import PassRecord
 from .engine.sampling import SamplingParams
 from .engine.trace import Recorder, Slice
@@ -47,11 +48,13 @@ def run_profile(
 ) -> Table:
     """Answer the chats, all at once, and write `trace.json` and `trace.png` into `out_dir`; see `write_profile`.
 
-    A short run before the recorded one touches what is slow only once. Raises what `Engine.chat` raises.
+    A short run before the recorded one touches what is slow only once; nothing that it cached is found again.
+    Raises what `Engine.chat` raises.
     """
     many = list(chats)
     engine.chat(many[:1], guard=guard, sampling=SamplingParams(max_tokens=4))
     engine.pool.clear_cache()
+    engine.runner.features = FeatureCache(engine.runner.features.max_bytes)
     recorder = Recorder()
     engine.recorder = recorder
     try:

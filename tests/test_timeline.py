@@ -98,9 +98,11 @@ def test_the_parts_of_real_replies_add_up(engine: Engine) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "questions.txt").write_text("Hi.\nHo.\n")
-    tiny = ["--model", "tiny-llama", "--detector", "tiny-llama", "--detoxifier", "tiny-llama", "--device", "cpu"]
-    asked = ["--questions", str(tmp_path / "questions.txt"), "--max-tokens", "3", "--out", str(tmp_path / "out")]
+    tiny = ["--model", "tiny-llava", "--detector", "tiny-llama", "--detoxifier", "tiny-llama", "--device", "cpu"]
+    Image.effect_noise((56, 56), 90).convert("RGB").save(tmp_path / "noise.png")
+    files = ["--image", str(tmp_path / "noise.png"), "--questions", str(tmp_path / "questions.txt")]
+    asked = [*files, "--max-tokens", "3", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, ["profile", *tiny, "--dtype", "fp32", *asked])
     assert done.exit_code == 0, done.output
-    assert "2 replies" in done.output and "trace.json" in done.output
+    assert "2 replies" in done.output and "vision" in done.output and "trace.json" in done.output
     assert (tmp_path / "out" / "trace.png").exists()
