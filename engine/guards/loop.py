@@ -147,7 +147,8 @@ def _judge(guard: Guard, detector: Detector, chat: Chat, answer: Answer) -> Judg
         if not is_sound(verdict):
             return Verdict.failed(detector.name, NONSENSE)
         if answer.stopped_early and verdict.harmless:  # a beginning is no answer
-            return Verdict.failed(detector.name, "stopped early, but not harmful", verdict.threshold)
+            failed = answer.screened and answer.screened.error
+            return Verdict.failed(detector.name, failed or "stopped early, but not harmful", verdict.threshold)
         if guard.released is not None:
             detail = f"{verdict.detail}; {guard.released.note}" if verdict.detail else guard.released.note
             verdict = replace(verdict, detail=detail)

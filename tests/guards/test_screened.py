@@ -8,7 +8,18 @@ from PIL import Image
 
 from stockade.engine.chat import Chat
 from stockade.engine.errors import Aborted, InvalidGuard, PassError, PassTimeout
-from stockade.engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, Refuse, SelfJudge, guarded, prompts
+from stockade.engine.guards import (
+    Cascade,
+    Detoxify,
+    EyesClosed,
+    Guard,
+    HarmHead,
+    Probe,
+    Refuse,
+    SelfJudge,
+    guarded,
+    prompts,
+)
 from stockade.engine.images import load_image
 from stockade.engine.passes import (
     Answer,
@@ -130,6 +141,13 @@ def test_a_beginning_never_goes_out_as_the_answer(play):
     first = screened("fine so far", 0.9)._replace(stopped_early=True)
     decision, _ = play(guarded(CHAT, PROTECTOR), first)
     assert (decision.outcome, decision.reason) == (Outcome.REFUSED, "stopped early, but not harmful")
+
+
+def test_an_answer_that_a_failed_screen_stopped_says_why_whoever_judges_it(play):
+    guard = Guard(Cascade(HarmHead(template="response"), SelfJudge(), (0.2, 0.8)))
+    first = screened("fine so far", math.nan, error="the pool is gone")._replace(stopped_early=True)
+    decision, _ = play(guarded(CHAT, guard), first, SAFE)
+    assert (decision.outcome, decision.reason) == (Outcome.REFUSED, "the pool is gone")
 
 
 @dataclass(frozen=True)
