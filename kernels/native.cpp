@@ -7,10 +7,12 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -62,8 +64,10 @@ struct Run {
     int64_t row, tokens;
 };
 
-struct Team {
-    int id, size;
+// What the threads share of one stage of a layer: which units of its work are taken, how many are finished.
+struct Stage {
+    alignas(64) std::atomic<int64_t> taken{0};
+    alignas(64) std::atomic<int64_t> finished{0};
 };
 
 // A thread's own memory.
@@ -86,7 +90,8 @@ inline __m512 load(const bf16* p) {
 
 inline void store(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
-// 2^t, relative error below 2e-7 (a minimax polynomial of degree 5 on [-1/2, 1/2]); 0 below the normal numbers, NaN stays NaN.
+// 2^t, relative error below 2e-7 (a minimax polynomial of degree 5 on [-1/2, 1/2]); 0 below the normal numbers, NaN
+// stays NaN.
 inline __m512 exp2(__m512 t) {
     const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(t, whole);
@@ -126,16 +131,19 @@ void configure(int64_t rows) {
     _tile_loadconfig(&config);
 }
 
-// c [rows][width]: columns 0-15 = a times the panel w0, 16-31 = a times w1. a: [rows][lda] with tile_rows * 16 rows
-// that may be read (or as many as tiles have).
-void multiply(const bf16* a, int64_t lda, bool two, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c,
-              int64_t width) {
-    const int64_t stride = lda * 2, c_stride = width * 4;
+// Inputs [rows][k] are kept in tiles too: [rows / 16][k / 32][16 rows][32]. Where sixteen inputs of a row begin:
+inline int64_t place(int64_t row, int64_t column, int64_t k) {
+    return row / 16 * 16 * k + column / 32 * 512 + row % 16 * 32 + column % 32;
+}
+
+// c [16 or 32 rows][width]: columns 0-15 = inputs times the panel w0, 16-31 = inputs times w1.
+void multiply(const bf16* a, bool two, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c, int64_t width) {
+    const int64_t c_stride = width * 4;
     _tile_zero(0);
     _tile_zero(1);
     if (!two) {
         for (int64_t k = 0; k < k_tiles; k++) {
-            _tile_loadd(4, a + k * 32, stride);
+            _tile_loadd(4, a + k * 512, 64);
             _tile_loadd(6, w0 + k * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, w1 + k * TILE, 64);
@@ -144,14 +152,14 @@ void multiply(const bf16* a, int64_t lda, bool two, const uint8_t* w0, const uin
     } else {
         _tile_zero(2);
         _tile_zero(3);
-        const bf16* b = a + 16 * lda;
+        const bf16* b = a + k_tiles * 512;
         for (int64_t k = 0; k < k_tiles; k++) {
-            _tile_loadd(4, a + k * 32, stride);
+            _tile_loadd(4, a + k * 512, 64);
             _tile_loadd(6, w0 + k * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, w1 + k * TILE, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, b + k * 32, stride);
+            _tile_loadd(5, b + k * 512, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -162,14 +170,37 @@ void multiply(const bf16* a, int64_t lda, bool two, const uint8_t* w0, const uin
     _tile_stored(1, c + 16, c_stride);
 }
 
-// Calls work(task, first row, rows) for a thread's share of `tasks` column blocks times all rows, 32 rows at a time.
+// Calls work(unit) for the units that this thread takes, and returns when all are finished, whoever did them. A thread
+// that the system has put aside holds nobody up unless it has taken a unit: at barriers it would, and on a machine
+// that others use too a step took 80 times as long.
 template <class Work>
-void share(Team team, int64_t rows, int64_t tasks, Work work) {
-    const int64_t units = tasks * ((rows + SUPERBLOCK - 1) / SUPERBLOCK);
-    for (int64_t unit = units * team.id / team.size; unit < units * (team.id + 1) / team.size; unit++) {
-        const int64_t first = unit / tasks * SUPERBLOCK, last = min(rows, first + SUPERBLOCK);
-        for (int64_t row = first; row < last; row += 32) work(unit % tasks, row, min<int64_t>(32, last - row));
+void share(Stage& stage, int64_t units, int64_t threads, Work work) {
+    const int64_t some = std::max<int64_t>(1, units / (threads * 16));
+    for (int64_t first; (first = stage.taken.fetch_add(some, std::memory_order_relaxed)) < units;) {
+        const int64_t last = min(units, first + some);
+        for (int64_t unit = first; unit < last; unit++) work(unit);
+        stage.finished.fetch_add(last - first, std::memory_order_release);
     }
+    for (int64_t turn = 0; stage.finished.load(std::memory_order_acquire) < units; turn++)
+        if (turn < 2000)
+            _mm_pause();
+        else
+            sched_yield();
+}
+
+// Calls work(column block, first row, rows) for all rows of `columns` column blocks, 32 rows at a time. The rows of a
+// unit meet several column blocks one after another, while they lie in the first cache.
+template <class Work>
+void share_blocks(Stage& stage, int64_t rows, int64_t columns, int64_t threads, Work work) {
+    const int64_t superblocks = (rows + SUPERBLOCK - 1) / SUPERBLOCK;
+    const int64_t wide = rows <= 32 ? 1 : std::clamp<int64_t>(superblocks * columns / (threads * 12), 1, 8);
+    const int64_t groups = (columns + wide - 1) / wide;
+    share(stage, groups * superblocks, threads, [&](int64_t unit) {
+        const int64_t first = unit / groups * SUPERBLOCK, last = min(rows, first + SUPERBLOCK);
+        const int64_t begin = unit % groups * wide, end = min(columns, begin + wide);
+        for (int64_t row = first; row < last; row += 32)
+            for (int64_t column = begin; column < end; column++) work(column, row, min<int64_t>(32, last - row));
+    });
 }
 
 // ---- norms and rotation ----
@@ -183,15 +214,16 @@ float inverse_rms(const float* x, int64_t width, float eps) {
     return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps);
 }
 
-void rms_norm(const bf16* x, const bf16* weight, int64_t width, float eps, bf16* out) {
+// Row `row` of tiled inputs: the norm of x [k].
+void rms_norm(const bf16* x, const bf16* weight, int64_t k, float eps, bf16* inputs, int64_t row) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) {
+    for (int64_t i = 0; i < k; i += 16) {
         const __m512 v = load(x + i);
         sum = _mm512_fmadd_ps(v, v, sum);
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps));
-    for (int64_t i = 0; i < width; i += 16)
-        store(out + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / k + eps));
+    for (int64_t i = 0; i < k; i += 16)
+        store(inputs + place(row, i, k), _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
 }
 
 // One head of one row: norm where there is one, rotate (sin carries the sign of each half), round.
@@ -229,8 +261,10 @@ void transpose(const __m512i in[16], uint32_t* out) {
         }
     // u[4 i + c]: rows 4i .. 4i+3, columns c, c + 4, c + 8, c + 12
     for (int c = 0; c < 4; c++) {
-        const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xdd);
+        const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xdd);
+        const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xdd);
         _mm512_store_si512(out + 16 * c, _mm512_shuffle_i32x4(a, b, 0x88));
         _mm512_store_si512(out + 16 * (c + 8), _mm512_shuffle_i32x4(a, b, 0xdd));
         _mm512_store_si512(out + 16 * (c + 4), _mm512_shuffle_i32x4(d, e, 0x88));
@@ -379,29 +413,30 @@ void mix(int64_t tile, int64_t count, int64_t dim, Scratch& my) {
     }
 }
 
-// q, out: [rows][heads * dim]
+// q: [rows][heads * dim]; out: the same as tiled inputs
 void attend(const Shape& shape, const QueryBlock& block, const Cache& cache, const bf16* base, const Run* runs,
             int64_t window, const bf16* q, bf16* out, Scratch& my) {
     const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads, width = shape.heads * dim;
     const int64_t tiles = (block.rows + 15) / 16;
     const Sequence& sequence = *block.sequence;
-    const auto offset = [&](int64_t row) {
-        const int64_t f = block.first + row;
-        return (sequence.row + f / group) * width + (block.kv_head * group + f % group) * dim;
-    };
+    const auto row_of = [&](int64_t query) { return sequence.row + (block.first + query) / group; };
+    const auto column_of = [&](int64_t query) { return (block.kv_head * group + (block.first + query) % group) * dim; };
     __m512 peak[QUERY_TILES], sum[QUERY_TILES];
     for (int64_t tile = 0; tile < tiles; tile++) {
         peak[tile] = _mm512_set1_ps(HIDDEN_MAX);
         sum[tile] = _mm512_setzero_ps();
+        const bf16* lanes[16];
         for (int64_t lane = 0; lane < 16; lane++) {
-            // lanes beyond the last query repeat it
-            const int64_t row = min(tile * 16 + lane, block.rows - 1);
-            my.places[tile][lane] = (int32_t)(sequence.position + (block.first + row) / group);
-            const uint32_t* from = (const uint32_t*)(q + offset(row));
-            for (int64_t pair = 0; pair < dim / 2; pair++)
-                my.queries[tile][pair / 16][pair % 16 * 16 + lane] = from[pair];
-            std::memset(my.out[tile] + lane * dim, 0, dim * 4);
+            const int64_t query = min(tile * 16 + lane, block.rows - 1);  // lanes beyond the last query repeat it
+            my.places[tile][lane] = (int32_t)(sequence.position + (block.first + query) / group);
+            lanes[lane] = q + row_of(query) * width + column_of(query);
         }
+        for (int64_t d = 0; d < dim / 32; d++) {
+            __m512i pairs[16];
+            for (int64_t lane = 0; lane < 16; lane++) pairs[lane] = _mm512_loadu_si512(lanes[lane] + d * 32);
+            transpose(pairs, my.queries[tile][d]);
+        }
+        std::memset(my.out[tile], 0, 16 * dim * 4);
     }
     const int64_t first_place = sequence.position + block.first / group;
     const int64_t stop = sequence.position + (block.first + block.rows - 1) / group + 1;
@@ -430,7 +465,7 @@ void attend(const Shape& shape, const QueryBlock& block, const Cache& cache, con
         _mm512_store_ps(share, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[tile]));
         for (int64_t lane = 0; lane < min<int64_t>(16, block.rows - tile * 16); lane++)
             for (int64_t d = 0; d < dim; d += 16)
-                store(out + offset(tile * 16 + lane) + d,
+                store(out + place(row_of(tile * 16 + lane), column_of(tile * 16 + lane) + d, width),
                       _mm512_mul_ps(_mm512_load_ps(my.out[tile] + lane * dim + d), _mm512_set1_ps(share[lane])));
     }
 }
@@ -466,21 +501,21 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
     const auto input = aligned<bf16>(padded(rows) * k);
     if (!input) return -1;
     const int64_t panels = (n + 15) / 16, k_tiles = k / 32;
+    Stage stages[2];
 #pragma omp parallel num_threads(threads)
     {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
         alignas(64) float c[32 * 32];
-        for (int64_t row = rows * team.id / team.size; row < rows * (team.id + 1) / team.size; row++)
+        share(stages[0], rows, threads, [&](int64_t row) {
             if (norm)
-                rms_norm(x + row * k, norm, k, (float)eps, &input[row * k]);
+                rms_norm(x + row * k, norm, k, (float)eps, input.get(), row);
             else
-                std::memcpy(&input[row * k], x + row * k, k * 2);
-#pragma omp barrier
+                for (int64_t i = 0; i < k; i += 32) std::memcpy(&input[place(row, i, k)], x + row * k + i, 64);
+        });
         configure(min<int64_t>(rows, 16));
-        share(team, rows, (panels + 1) / 2, [&](int64_t task, int64_t first, int64_t count) {
+        share_blocks(stages[1], rows, (panels + 1) / 2, threads, [&](int64_t task, int64_t first, int64_t count) {
             const uint8_t* w = matrix->tiles + 2 * task * k_tiles * TILE;
             const bool last = 2 * task + 1 == panels;
-            multiply(&input[first * k], k, count > 16, w, last ? w : w + k_tiles * TILE, k_tiles, c, 32);
+            multiply(&input[first * k], count > 16, w, last ? w : w + k_tiles * TILE, k_tiles, c, 32);
             for (int64_t row = 0; row < count; row++)
                 for (int64_t half = 0; half < 2; half++) {
                     const int64_t column = task * 32 + half * 16;
@@ -528,29 +563,42 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
                 blocks.push_back({&s, head, at, min(16 * QUERY_TILES, s.count * group - at)});
     }
     if (std::find(cache_of.begin(), cache_of.end(), nullptr) != cache_of.end()) return -2;
-    const int64_t block_count = (int64_t)blocks.size(), room = padded(rows);
-    const auto normed = aligned<bf16>(room * hidden), q = aligned<bf16>(room * width), mixed = aligned<bf16>(room * width);
-    const auto wide = aligned<bf16>(room * ffn);
+    const int64_t room = padded(rows);
+    const bool few = rows <= 16;  // so few that every thread norms them all for itself
+    const auto normed = aligned<bf16>(room * hidden * (few ? threads : 1)), q = aligned<bf16>(room * width);
+    const auto mixed = aligned<bf16>(room * width), wide = aligned<bf16>(room * ffn);
     const auto scratch = aligned<Scratch>(threads);
     if (!normed || !q || !mixed || !wide || !scratch) return -1;
     const int64_t tile_rows = min<int64_t>(rows, 16), hidden_tiles = hidden / 32;
+    std::vector<Stage> stages(7 * (last - first));
 #pragma omp parallel num_threads(threads)
     {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
-        Scratch& my = scratch[team.id];
-        const auto norm = [&](const bf16* weight) {
-            for (int64_t row = rows * team.id / team.size; row < rows * (team.id + 1) / team.size; row++)
-                rms_norm(x + row * hidden, weight, hidden, eps, &normed[row * hidden]);
+        Scratch& my = scratch[omp_get_thread_num()];
+        bf16* own = few ? &normed[omp_get_thread_num() * room * hidden] : normed.get();
+        Stage* stage = stages.data();
+        const bf16* normed_for = nullptr;  // the weight of the norm that `own` holds
+        const auto norm_rows = [&](const bf16* weight, int64_t from, int64_t to) {
+            for (int64_t row = from; row < to; row++)
+                rms_norm(x + row * hidden, weight, hidden, eps, own, row);
         };
-        // x += input times matrix, 32 columns a task
+        const auto norm = [&](const bf16* weight) {
+            if (!few) share(*stage++, rows, threads, [&](int64_t row) { norm_rows(weight, row, row + 1); });
+        };
+        // only with a unit in hand x stands still
+        const auto norm_once = [&](const bf16* weight) {
+            if (few && normed_for != weight) norm_rows(weight, 0, rows);
+            normed_for = weight;
+        };
+        // x += input times matrix
         const auto add_to_x = [&](const bf16* input, const Matrix& matrix, int64_t k) {
-            share(team, rows, hidden / 32, [&](int64_t task, int64_t from, int64_t some) {
-                const uint8_t* w = matrix.tiles + 2 * task * (k / 32) * TILE;
-                multiply(input + from * k, k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
+            share_blocks(*stage++, rows, hidden / 32, threads, [&](int64_t block, int64_t from, int64_t some) {
+                const uint8_t* w = matrix.tiles + 2 * block * (k / 32) * TILE;
+                multiply(input + from * k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
                 for (int64_t row = 0; row < some; row++)
                     for (int64_t half = 0; half < 32; half += 16) {
-                        bf16* at = x + (from + row) * hidden + task * 32 + half;
-                        store(at, _mm512_add_ps(load(at), with_bias(my.c + row * 32 + half, matrix.bias, task * 32 + half)));
+                        bf16* at = x + (from + row) * hidden + block * 32 + half;
+                        const __m512 sum = with_bias(my.c + row * 32 + half, matrix.bias, block * 32 + half);
+                        store(at, _mm512_add_ps(load(at), sum));
                     }
             });
         };
@@ -558,55 +606,51 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
         for (int64_t number = first; number < last; number++) {
             const Layer& layer = layers[number];
             norm(layer.input_norm);
-#pragma omp barrier
-            share(team, rows, query_heads + 2 * key_heads, [&](int64_t head, int64_t from, int64_t some) {
+            const int64_t all_heads = query_heads + 2 * key_heads;
+            share_blocks(*stage++, rows, all_heads, threads, [&](int64_t head, int64_t from, int64_t some) {
+                norm_once(layer.input_norm);
                 for (int64_t column = 0; column < dim; column += 32) {
                     const uint8_t* w = layer.qkv.tiles + (head * dim + column) / 16 * hidden_tiles * TILE;
-                    multiply(&normed[from * hidden], hidden, some > 16, w, w + hidden_tiles * TILE, hidden_tiles,
+                    multiply(own + from * hidden, some > 16, w, w + hidden_tiles * TILE, hidden_tiles,
                              my.c + column, dim);
                 }
                 for (int64_t row = 0; row < some; row++) {
                     float* c = my.c + row * dim;
-                    const int64_t place = from + row, key_head = head - query_heads;
+                    const int64_t at = from + row, key_head = head - query_heads;
                     if (layer.qkv.bias)
                         for (int64_t i = 0; i < dim; i += 16)
                             _mm512_storeu_ps(c + i, with_bias(c + i, layer.qkv.bias, head * dim + i));
-                    const Cache& cache = *cache_of[place];
-                    bf16* out = key_head < 0 ? &q[place * width + head * dim]
+                    const Cache& cache = *cache_of[at];
+                    bf16* out = key_head < 0 ? &q[at * width + head * dim]
                                              : cache.layers[number] + key_head * cache.head_stride +
-                                                   write_rows[place] * cache.row_stride;
+                                                   write_rows[at] * cache.row_stride;
                     if (key_head < key_heads)
-                        finish_head(c, dim, key_head < 0 ? layer.q_norm : layer.k_norm, eps, cos + place * dim,
-                                    sin + place * dim, out);
+                        finish_head(c, dim, key_head < 0 ? layer.q_norm : layer.k_norm, eps, cos + at * dim,
+                                    sin + at * dim, out);
                     else
                         for (int64_t i = 0; i < dim; i += 16) store(out + i, _mm512_loadu_ps(c + i));
                 }
             });
-#pragma omp barrier
             if (tile_rows < 16) configure(16);
-            for (int64_t i = team.id; i < block_count; i += team.size) {
+            share(*stage++, (int64_t)blocks.size(), threads, [&](int64_t i) {
                 const Cache& cache = caches[blocks[i].sequence->cache];
                 attend(shape, blocks[i], cache, cache.layers[number], runs, layer.window, q.get(), mixed.get(), my);
-            }
+            });
             if (tile_rows < 16) configure(tile_rows);
-#pragma omp barrier
             add_to_x(mixed.get(), layer.o, width);
-#pragma omp barrier
             norm(layer.post_norm);
-#pragma omp barrier
-            share(team, rows, ffn / 16, [&](int64_t task, int64_t from, int64_t some) {
-                const int64_t panel = task * hidden_tiles * TILE;
-                multiply(&normed[from * hidden], hidden, some > 16, layer.gate.tiles + panel, layer.up.tiles + panel,
+            share_blocks(*stage++, rows, ffn / 16, threads, [&](int64_t panel, int64_t from, int64_t some) {
+                norm_once(layer.post_norm);
+                const int64_t offset = panel * hidden_tiles * TILE;
+                multiply(own + from * hidden, some > 16, layer.gate.tiles + offset, layer.up.tiles + offset,
                          hidden_tiles, my.c, 32);
                 for (int64_t row = 0; row < some; row++) {
-                    const __m512 gate = with_bias(my.c + row * 32, layer.gate.bias, task * 16);
-                    const __m512 up = with_bias(my.c + row * 32 + 16, layer.up.bias, task * 16);
-                    store(&wide[(from + row) * ffn + task * 16], _mm512_mul_ps(silu(gate), up));
+                    const __m512 gate = with_bias(my.c + row * 32, layer.gate.bias, panel * 16);
+                    const __m512 up = with_bias(my.c + row * 32 + 16, layer.up.bias, panel * 16);
+                    store(&wide[place(from + row, panel * 16, ffn)], _mm512_mul_ps(silu(gate), up));
                 }
             });
-#pragma omp barrier
             add_to_x(wide.get(), layer.down, ffn);
-#pragma omp barrier
         }
         _tile_release();
     }
