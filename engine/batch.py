@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from ..kernels.lora import ActiveAdapters
+from ..kernels.native import RaggedGroup, RaggedSequence
 from ..kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, Span, causal_mask
 from .kv_pages import PagePool
+from .models.model import Backbone
 from .scheduler import Work
 
 
@@ -16,8 +20,8 @@ from .scheduler import Work
 class Group:
     """The rows [start, stop) of a batch that run to one depth, in one layout.
 
-    write_rows [stop - start]: where in the pool their keys and values go. spans: for each window of the model's
-    layers (None = full attention) who attends to what.
+    write_rows [stop - start]: where in the pool their keys and values go. Who attends to what is said in two forms:
+    `spans` for the plain path, `ragged` for the native kernels.
     """
 
     depth: int
@@ -26,67 +30,100 @@ class Group:
     works: list[Work]
     layers: list[LayerKV]
     write_rows: Tensor
-    spans: dict[int | None, list[Span]]
+    _spans: dict[int | None, list[Span]] = field(default_factory=dict)
+
+    def spans(self, window: int | None) -> list[Span]:
+        """The spans of layers with this window (None = full attention)."""
+        if window not in self._spans:
+            self._spans[window] = _spans(self.works, window, self.write_rows.device)
+        return self._spans[window]
+
+    def ragged(self) -> RaggedGroup:
+        sequences = []
+        row = self.start
+        for work in self.works:
+            runs = work.sequence.table.runs(0, work.start + work.rows)
+            sequences.append(RaggedSequence(row, work.rows, work.start, runs))
+            row += work.rows
+        return RaggedGroup(self.layers, sequences)
 
 
 @dataclass(frozen=True)
 class Batch:
     """tokens, positions: [rows] int64. groups: by falling depth; they cover all rows in order.
 
-    logit_rows: [n] rows whose next-token logits are wanted, all in the deepest group. pool_slots: [rows] slot
-    of the running sum that a row's hidden state is added to, -1 for none; None when nothing is pooled.
+    logit_rows: [n] rows whose next-token logits are wanted, all in the deepest group. pooled: by layer, what its
+    output is added to: slots [rows] of the running sums, -1 for none. adapters: which rows have which; None when no
+    row has one.
     """
 
     tokens: Tensor
     positions: Tensor
     groups: list[Group]
     logit_rows: Tensor
-    pool_slots: Tensor | None
+    pooled: dict[int, Tensor]
+    adapters: ActiveAdapters | None
 
 
 def in_batch_order(works: list[Work]) -> list[Work]:
     """By falling depth; in each depth the decoding ones first, those of one size beside each other by place."""
 
-    def key(work: Work) -> tuple[int, bool, int, int]:
-        pages = work.sequence.table.pages
-        return -work.sequence.model.depth, work.length > 1, len(pages), pages[0].row
+    def key(work: Work) -> tuple[int, int, bool, int, int]:
+        table = work.sequence.table
+        return -work.sequence.depth, -table.layout.depth, work.rows > 1, len(table.pages), table.pages[0].row
 
     return sorted(works, key=key)
 
 
-def build_batch(works: list[Work], pool: PagePool, windows: tuple[int | None, ...], device: torch.device) -> Batch:
-    """works: as ordered by `in_batch_order`. windows: one entry a layer of the backbone."""
+def build_batch(works: list[Work], pool: PagePool, device: torch.device) -> Batch:
+    """works: as ordered by `in_batch_order`."""
     tokens: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    adapters: list[int] = []
     logit_rows: list[int] = []
+    pooled: dict[int, list[tuple[int, int, int]]] = {}  # layer -> (first row, row after the last, slot)
     groups = []
-    for depth in sorted({work.sequence.model.depth for work in works}, reverse=True):
-        members = [work for work in works if work.sequence.model.depth == depth]
+    for (depth, layout), some in groupby(works, lambda work: (work.sequence.depth, work.sequence.table.layout)):
+        members = list(some)
         start = len(tokens)
         write_rows: list[int] = []
-        for sequence, first, count in members:
-            stop = first + count
-            tokens += sequence.tokens[first:stop]
-            positions += range(first, stop)
-            for row, length in sequence.table.runs(first, stop):
+        for work in members:
+            sequence, first, last = work.sequence, work.start, work.start + work.rows
+            begin = len(tokens)
+            tokens += work.tokens
+            positions += range(first, last)
+            for row, length in sequence.table.runs(first, last):
                 write_rows += range(row, row + length)
-            pooled = sequence.pool_slot is not None and sequence.pool_from is not None
-            kept = max(first, min(stop, sequence.pool_from or 0)) if pooled else stop
-            slots += [-1] * (kept - first) + [sequence.pool_slot or 0] * (stop - kept)
-            if stop == sequence.num_tokens and (sequence.sampling is not None or sequence.words):
-                logit_rows.append(len(tokens) - 1)
-        layout = members[0].sequence.table.layout
-        spans = {window: _spans(members, window, device) for window in set(windows[:depth])}
+            if sequence.pool_slot is not None and sequence.pool_from is not None:
+                kept = max(first, min(last, sequence.pool_from))
+                layer = (sequence.tap or sequence.model).depth
+                pooled.setdefault(layer, []).append((begin + kept - first, len(tokens), sequence.pool_slot))
+            index, active = sequence.model.adapter, sequence.adapted_from
+            base = work.rows if index is None or active is None else max(0, min(work.rows, active - first))
+            adapters += [-1] * base + [-1 if index is None else index] * (work.rows - base)
+            if work.finishes and sequence.wants_logits:
+                logit_rows += range(begin + work.length - 1, len(tokens))
         rows = torch.tensor(write_rows, device=device)
-        groups.append(Group(depth, start, len(tokens), members, pool.layers(layout), rows, spans))
+        groups.append(Group(depth, start, len(tokens), members, pool.layers(layout), rows))
     return Batch(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),
         groups,
         torch.tensor(logit_rows, device=device, dtype=torch.long),
-        torch.tensor(slots, device=device) if any(slot >= 0 for slot in slots) else None,
+        {layer: _slots(len(tokens), parts, device) for layer, parts in pooled.items()},
+        _active(adapters, works[0].sequence.model.backbone, device) if max(adapters) >= 0 else None,
     )
+
+
+def _active(adapters: list[int], backbone: Backbone, device: torch.device) -> ActiveAdapters | None:
+    return ActiveAdapters.of(torch.tensor(adapters), [item.updates for item in backbone.adapters], device)
+
+
+def _slots(rows: int, parts: list[tuple[int, int, int]], device: torch.device) -> Tensor:
+    slots = [-1] * rows
+    for first, last, slot in parts:
+        slots[first:last] = [slot] * (last - first)
+    return torch.tensor(slots, device=device)
 
 
 def _spans(works: list[Work], window: int | None, device: torch.device) -> list[Span]:
@@ -100,7 +137,7 @@ def _spans(works: list[Work], window: int | None, device: torch.device) -> list[
             row += group.sequences
             index += group.sequences
             continue
-        sequence, start, count = works[index]
+        sequence, start, count = works[index].sequence, works[index].start, works[index].rows
         # keys before the first query's window are seen by nobody
         first = 0 if window is None else max(0, start - window + 1)
         stop = start + count
@@ -117,7 +154,7 @@ def _decode_group(works: list[Work], start: int) -> DecodeGroup | None:
     pages = len(works[0].sequence.table.pages)
     for work in works:
         table = work.sequence.table
-        if work.length > 1 or len(table.pages) != pages or len(table.runs(0, work.start + 1)) > 1:
+        if work.rows > 1 or len(table.pages) != pages or len(table.runs(0, work.start + 1)) > 1:
             break
         row = table.pages[0].row
         if len(rows) > 1 and row - rows[-1] != rows[1] - rows[0]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .request import Outcome, Verdict
     from .sequence import PlacedImage
 
+
 @dataclass(frozen=True)
 class Continue:
     """The sequence of an answer, and more behind it; nothing before is encoded again, and its pages are found again.
@@ -31,6 +32,10 @@ class Continue:
 
 Prompt: TypeAlias = "Chat | tuple[Segment, ...] | tuple[int, ...] | Continue"
 """A chat goes through the model's own chat template; segments and token ids are taken as they are."""
+
+ReleaseMode = Literal["verdict", "window", "audit"]
+"""What of a guarded answer leaves when: all of it after the verdict; what a screened beginning covers, once that is
+clear; everything at once, verdicts being for the record only."""
 
 Release = Literal["hold", "window", "audit", "live"]
 """When the text of a `Generate` may leave: when the loop has decided; as far as a screened prefix is clear; at once,
@@ -160,9 +165,11 @@ Ask: TypeAlias = "Pass | Start | Wait | Cancel"
 
 
 class Stream(NamedTuple):
-    """The tokens of a finished sequence, prompt included, and what they stand for in the prefix index."""
+    """The tokens of a finished sequence, prompt included, and what they stand for in the prefix index of the weights
+    whose `Backbone.cache_key` is named. model: the name under which they answered."""
 
     model: str
+    backbone: str
     tokens: tuple[int, ...]
     content: tuple[int, ...]
     images: tuple[PlacedImage, ...]

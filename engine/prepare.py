@@ -6,26 +6,30 @@ from time import perf_counter
 from typing import NamedTuple
 
 from .chat import Chat
+from .drafts import PromptLookup
 from .errors import BadInput, ImagesNotSupported, InvalidMessage, PromptTooLong, TooManyImages
 from .kv_pages import PagePool
 from .models.model import Model
-from .passes import Choose, Generate, Pass, Prompt, Score
+from .passes import Choose, Continue, Generate, Pass, Prompt, Score
 from .request import PassRecord
 from .sampling import SamplingParams
 from .sequence import BlockTable, PlacedImage, Sequence
-from .text import ImageSegment
+from .text import ImageSegment, Segment
 
 
 class Identity(NamedTuple):
-    """Of which request, and the how-manieth pass of it; what its random numbers and its cache depend on."""
+    """Of which request, the how-manieth pass of it and which part of that; what its random numbers (draw: the
+    how-manieth generation it is) and its cache depend on."""
 
     request: int
     number: int
+    part: int
+    draw: int
     seed: int
     salt: str | None
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     tokens: list[int]
     content: list[int]
     images: tuple[PlacedImage, ...]
@@ -41,7 +45,7 @@ def make_sequence(
     page_size: int,
 ) -> Sequence:
     """The sequence of a pass. Raises a `BadInput` when its prompt cannot be run by this model."""
-    encoded = _encode(model, step.prompt)
+    encoded = encode(model, step.prompt)
     count = len(encoded.tokens)
     if not count:
         raise BadInput(f"the {step.label} pass has an empty prompt")
@@ -60,39 +64,54 @@ def make_sequence(
             f"the {step.label} prompt has {count:,} tokens; {model.name} takes at most "
             f"{model.context - generates:,}{room}"
         )
-    limit = count
-    if generates:
+    sequence = new_sequence(model, who, encoded, record, pool, page_size)
+    if isinstance(step, Generate):
         bounds = [model.context]
         bounds += [] if sampling.max_tokens is None else [count + sampling.max_tokens]
         # a prompt as long as max_length still gets one token, as in `transformers`
         bounds += [] if sampling.max_length is None else [max(sampling.max_length, count + 1)]
-        limit = min(bounds)
-    layout = model.layout(page_size)
-    sequence = Sequence(
-        order=(who.request, who.number),
-        model=model,
-        record=record,
-        root=pool.root(layout, model.backbone.cache_key, who.salt),
-        table=BlockTable(layout),
-        tokens=encoded.tokens,
-        content=encoded.content,
-        prompt_tokens=count,
-        limit=limit,
-        images=encoded.images,
-        seed=who.seed,
-    )
-    if isinstance(step, Generate):
+        sequence.limit = min(bounds)
         sequence.sampling = sampling
+        drafts = sampling.draft_tokens if step.draft_tokens is None else step.draft_tokens
+        if drafts and not (step.screen is not None and step.screen.before is None):  # a tap pools what is final only
+            sequence.drafter = PromptLookup(drafts)
     elif isinstance(step, Choose):
         sequence.words = tuple(_variants(model, word) for word in step.words)
         if not all(sequence.words):
             raise BadInput(f"{model.name} has no single token for each of {', '.join(step.words)}")
     elif model.head is None:
         raise BadInput(f"{model.name} has no head to score with")
-    elif model.head.spec.pooling == "mean":
-        sequence.pool_from = _pool_from(model, step, encoded.tokens)
+    else:
+        sequence.scored = True
+        if model.head.spec.pooling == "mean":
+            sequence.pool_from = _pool_from(model, step, encoded.tokens)
     if step.timeout is not None:
         sequence.deadline = perf_counter() + step.timeout
+    return sequence
+
+
+def new_sequence(
+    model: Model, who: Identity, encoded: Encoded, record: PassRecord, pool: PagePool, page_size: int
+) -> Sequence:
+    """A sequence that begins with these tokens and wants nothing yet; behind them it may have none."""
+    layout = model.layout(page_size)
+    sequence = Sequence(
+        order=(who.request, who.number, who.part),
+        model=model,
+        record=record,
+        root=pool.root(layout, model.backbone.cache_key, who.salt),
+        table=BlockTable(layout),
+        tokens=encoded.tokens,
+        content=encoded.content,
+        prompt_tokens=len(encoded.tokens),
+        limit=len(encoded.tokens),
+        images=encoded.images,
+        seed=who.seed,
+        draw=who.draw,
+    )
+    if model.adapter is not None:
+        sequence.adapted_from = len(encoded.tokens) - len(model.invocation) if model.invocation else 0
+        sequence.content = [sequence.content_of(item, at) for at, item in enumerate(encoded.content)]
     return sequence
 
 
@@ -114,6 +133,10 @@ def _variants(model: Model, word: str) -> tuple[int, ...]:
 def _pool_from(model: Model, step: Score, tokens: list[int]) -> int:
     """The first token that holds a character of the pooled segments: behind the longest common beginning of the
     text with and without them."""
+    if isinstance(step.prompt, Continue):
+        stream = step.prompt.answer.stream
+        assert stream is not None
+        return stream.prompt_tokens
     if step.pool_from == 0:
         return 0
     context = model.codec.encode(step.prompt[: step.pool_from], add_special_tokens=True)
@@ -125,8 +148,36 @@ def _pool_from(model: Model, step: Score, tokens: list[int]) -> int:
     return min(common, len(tokens) - 1)
 
 
-def _encode(model: Model, prompt: Prompt) -> _Encoded:
-    """Token ids with one id for each row of an image, and what they stand for in the prefix index."""
+def encode(model: Model, prompt: Prompt) -> Encoded:
+    """Token ids with one id for each row of an image, and what they stand for in the prefix index; the invocation of
+    an activated adapter stands at the end."""
+    if isinstance(prompt, Continue):
+        encoded = _continued(model, prompt)
+    else:
+        encoded = _encode(model, prompt)
+    if not model.invocation:
+        return encoded
+    return Encoded([*encoded.tokens, *model.invocation], [*encoded.content, *model.invocation], encoded.images)
+
+
+def _continued(model: Model, prompt: Continue) -> Encoded:
+    stream = prompt.answer.stream
+    if stream is None:
+        raise BadInput("only an answer that a model of this engine has just given can be continued")
+    if stream.backbone != model.backbone.cache_key:
+        raise BadInput(f"{model.name} cannot continue an answer of {stream.model}: they have different weights")
+    tail = model.codec.encode(prompt.segments, add_special_tokens=False) if prompt.segments else []
+    if prompt.message is not None:
+        tail += model.codec.encode_next_turn(prompt.message)
+    tokens, content = list(stream.tokens), list(stream.content)
+    if (
+        tail and tokens[-1] in model.codec.eos_ids and tokens[-1] == tail[0]
+    ):  # the answer's end is the template's, too
+        del tail[0]
+    return Encoded(tokens + tail, content + tail, stream.images)
+
+
+def _encode(model: Model, prompt: Chat | tuple[Segment, ...] | tuple[int, ...]) -> Encoded:
     if isinstance(prompt, Chat):
         images = prompt.images
         _check_images(model, len(images))
@@ -141,13 +192,13 @@ def _encode(model: Model, prompt: Prompt) -> _Encoded:
                     f"token {model.image_token_id} ({model.codec.image_token}) stands for an image; a raw prompt is "
                     "text only, send images in a chat"
                 )
-            return _Encoded(ids, ids, ())
+            return Encoded(ids, ids, ())
         images = tuple(item.image for item in segments if isinstance(item, ImageSegment))
         _check_images(model, len(images))
         check_characters(model, sum(len(item.text) for item in segments if not isinstance(item, ImageSegment)))
         ids = model.codec.encode(segments, add_special_tokens=True)
     if not images:
-        return _Encoded(ids, ids, ())
+        return Encoded(ids, ids, ())
     vision = model.backbone.vision
     assert vision is not None
     tokens: list[int] = []
@@ -165,7 +216,7 @@ def _encode(model: Model, prompt: Prompt) -> _Encoded:
         # below every token id, and different for every row of every image
         base = -(int.from_bytes(prepared.key, "big") << 32) - 1
         content += range(base, base - prepared.tokens, -1)
-    return _Encoded(tokens, content, tuple(placed))
+    return Encoded(tokens, content, tuple(placed))
 
 
 def _check_images(model: Model, count: int) -> None:

@@ -76,7 +76,8 @@ class Replaced:
 class PassRecord:
     """One pass as it ran. Times are seconds since the request was submitted.
 
-    candidate: its text was meant for the user; `verdict` is then what a detector said of it.
+    candidate: its text was meant for the user; `verdict` is then what a detector said of it. computed_tokens: those
+    that went through the model. drafted, accepted: guessed tokens, and how many of them came true.
     """
 
     label: str
@@ -94,6 +95,9 @@ class PassRecord:
     finished: float | None = None
     preemptions: int = 0
     candidate: bool = False
+    computed_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def seconds(self) -> float:
@@ -111,7 +115,12 @@ class Usage:
 
 @dataclass
 class Trace:
-    """Where a request's time went, in seconds."""
+    """Where a request's time went, in seconds.
+
+    exposed_screening: what answers waited for their screens after their last token. wasted_tokens: computed for
+    passes that were started early and given up. unscreened_characters: shown under a guard before a verdict covered
+    them; 0 unless release="audit" was asked for.
+    """
 
     total: float = 0.0
     queued: float = 0.0
@@ -119,6 +128,9 @@ class Trace:
     answer: float = 0.0
     guard: float = 0.0  # from the end of the first answer to the reply
     overhead: float = 0.0  # in the guard's loop and in preparing passes
+    exposed_screening: float = 0.0
+    wasted_tokens: int = 0
+    unscreened_characters: int = 0
 
 
 @dataclass

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from ..kernels.lora import ActiveAdapters
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.pooled_logit import pool_add
-from .batch import Batch, Group, build_batch, in_batch_order
+from .batch import Group, build_batch, in_batch_order
 from .kv_pages import PagePool
 from .models.model import Backbone
 from .models.vision import FeatureCache
@@ -22,11 +24,14 @@ IMAGES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class StepResult:
-    """logits: [n, vocab], one row for each of `sequences`. scores: P(harmless) of finished scoring sequences."""
+    """works: those whose next tokens are to be chosen. logits: [n, vocab], for each of them the row of its last token
+    and one for each draft. scores: P(harmless) of scored sequences whose known tokens are all computed. closed:
+    sequences whose last token was computed for their tap alone."""
 
-    sequences: list[Sequence]
+    works: list[Work]
     logits: Tensor | None
     scores: list[tuple[Sequence, float]]
+    closed: list[Sequence]
 
 
 class ModelRunner:
@@ -58,39 +63,52 @@ class ModelRunner:
         decoder = backbone.decoder
         self._encode_images(backbone, works)
         works = in_batch_order(works)
-        batch = build_batch(works, self.pool, decoder.config.windows, decoder.device)
+        batch = build_batch(works, self.pool, decoder.device)
         sums = self._sums[id(lane)]
         for work in works:
-            if work.sequence.pool_slot is not None and work.start <= (work.sequence.pool_from or 0):
-                sums[work.sequence.pool_slot] = 0
+            _begin_sum(work, sums)
         x = decoder.embed(batch.tokens)
         _place_features(x, works)
         angles = decoder.angles(batch.positions)
-        active = list(batch.groups)
+        active, adapters = list(batch.groups), batch.adapters
         scores: list[tuple[Sequence, float]] = []
         logits = None
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return _attend(backbone, active, layer, qkv)
-
-        for layer in range(active[0].depth):
-            x = decoder.block(layer, x, angles, attend)
-            if active[-1].depth == layer + 1:
+        first = 0
+        for last in sorted({*batch.pooled, *(group.depth for group in active)}):
+            x = _layers(backbone, active, first, last, x, angles, adapters)
+            first = last
+            if last in batch.pooled:
+                pool_add(x, batch.pooled[last][: len(x)], sums)
+            while active and active[-1].depth == last:
                 group = active.pop()
-                scores += _score(group, batch, x, sums)
+                scores += _score(group, x, sums)
                 if len(batch.logit_rows) and not active:
                     logits = decoder.logits(x[batch.logit_rows])
                 x = x[: group.start]
                 angles = (angles[0][: group.start], angles[1][: group.start])
-        sequences = [work.sequence for work in works if work.finishes and _wants_logits(work.sequence)]
+                adapters = adapters.first(group.start) if adapters is not None and group.start else None
         self.seconds += perf_counter() - began
-        return StepResult(sequences, logits, scores)
+        choosing = [work for work in works if work.finishes and work.sequence.wants_logits]
+        closed = [work.sequence for work in works if work.sequence.closing]
+        return StepResult(choosing, logits, scores, closed)
+
+    @torch.inference_mode()
+    def tapped_score(self, lane: Lane, sequence: Sequence) -> float:
+        """P(harmless) from the states of a tapped sequence's own tokens that were pooled so far; NaN for none."""
+        assert sequence.tap is not None and sequence.tap.head is not None and sequence.pool_from is not None
+        count = sequence.num_computed + sequence.closing - sequence.pool_from
+        if sequence.pool_slot is None or count < 1:
+            return nan
+        pooled = self._sums[id(lane)][sequence.pool_slot] / count
+        return float(sequence.tap.head.score(pooled.unsqueeze(0)))
 
     def _encode_images(self, backbone: Backbone, works: list[Work]) -> None:
         """Features of every image that a work's tokens touch: from the cache, or through the tower, in batches."""
         missing = {}
-        for sequence, start, count in works:
-            for placed in sequence.images_between(start, start + count):
+        for work in works:
+            sequence = work.sequence
+            for placed in sequence.images_between(work.start, work.stop):
                 key = placed.image.key
                 if key in sequence.features:
                     continue
@@ -113,27 +131,55 @@ class ModelRunner:
         for key, features in encoded.items():
             # a row of the batch of its own, so that the cache's bound holds
             self.features.put(key, features.clone())
-        for sequence, start, count in works:
-            for placed in sequence.images_between(start, start + count):
+        for work in works:
+            for placed in work.sequence.images_between(work.start, work.stop):
                 if placed.image.key in encoded:
-                    sequence.features[placed.image.key] = encoded[placed.image.key]
+                    work.sequence.features[placed.image.key] = encoded[placed.image.key]
         self.images_encoded += len(keys)
         self.vision_seconds += perf_counter() - began
 
 
-def _wants_logits(sequence: Sequence) -> bool:
-    return sequence.sampling is not None or bool(sequence.words)
+def _begin_sum(work: Work, sums: Tensor) -> None:
+    """Set a pooled sequence's running sum to what it was before the work's first token."""
+    sequence = work.sequence
+    if sequence.pool_slot is None or sequence.pool_from is None:
+        return
+    if work.start <= sequence.pool_from:
+        sums[sequence.pool_slot] = 0
+    elif sequence.rolled_back:
+        sums[sequence.pool_slot] = sequence.sums[work.start]
+    sequence.rolled_back = False
 
 
 def _place_features(x: Tensor, works: list[Work]) -> None:
     """Overwrite the embeddings of image tokens by the images' features."""
     row = 0
-    for sequence, start, count in works:
-        for placed in sequence.images_between(start, start + count):
-            first, stop = max(start, placed.start), min(start + count, placed.stop)
-            features = sequence.features[placed.image.key][first - placed.start : stop - placed.start]
-            x[row + first - start : row + stop - start] = features
-        row += count
+    for work in works:
+        for placed in work.sequence.images_between(work.start, work.stop):
+            first, stop = max(work.start, placed.start), min(work.stop, placed.stop)
+            features = work.sequence.features[placed.image.key][first - placed.start : stop - placed.start]
+            x[row + first - work.start : row + stop - work.start] = features
+        row += work.rows
+
+
+def _layers(
+    backbone: Backbone,
+    groups: list[Group],
+    first: int,
+    last: int,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    adapters: ActiveAdapters | None,
+) -> Tensor:
+    """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place."""
+    decoder = backbone.decoder
+    if decoder.native is not None and adapters is None:
+        rows = torch.cat([group.write_rows for group in groups])
+        decoder.native.run(first, last, x, angles, rows, [group.ragged() for group in groups])
+        return x
+    for layer in range(first, last):
+        x = decoder.block(layer, x, angles, lambda index, qkv: _attend(backbone, groups, index, qkv), adapters)
+    return x
 
 
 def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) -> Tensor:
@@ -143,25 +189,28 @@ def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) ->
         rows = qkv if len(groups) == 1 else qkv[group.start : group.stop]
         cache = group.layers[layer]
         write_kv(cache, group.write_rows, rows[:, config.heads :])
-        spans = group.spans[config.windows[layer]]
+        spans = group.spans(config.windows[layer])
         outs.append(paged_attention(rows[:, : config.heads], cache, spans, config.head_dim**-0.5))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _score(group: Group, batch: Batch, x: Tensor, sums: Tensor) -> list[tuple[Sequence, float]]:
-    """Scores of the group's finished scoring sequences; x [rows, hidden] is the output of its last layer."""
-    if batch.pool_slots is not None:
-        pool_add(x[group.start : group.stop], batch.pool_slots[group.start : group.stop], sums)
+def _score(group: Group, x: Tensor, sums: Tensor) -> list[tuple[Sequence, float]]:
+    """Scores of the group's scored sequences; x [rows, hidden] is the output of its last layer."""
     scores = []
     last = group.start - 1
     for work in group.works:
-        last += work.length
+        last += work.rows
         sequence, head = work.sequence, work.sequence.model.head
-        if head is None or not work.finishes or _wants_logits(sequence):
+        if not sequence.scored:
             continue
+        assert head is not None
         if sequence.pool_slot is None:
             pooled = x[last]
         else:
-            pooled = sums[sequence.pool_slot] / (sequence.num_tokens - (sequence.pool_from or 0))
-        scores.append((sequence, float(head.score(pooled.unsqueeze(0)))))
+            total = sums[sequence.pool_slot]
+            pooled = total / (work.stop - (sequence.pool_from or 0))
+            if sequence.open:
+                sequence.sums[work.stop] = total.clone()
+        if work.finishes:
+            scores.append((sequence, float(head.score(pooled.unsqueeze(0)))))
     return scores

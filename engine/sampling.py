@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import InvalidSampling
 
 MAX_LOGPROBS = 20
+MAX_DRAFT_TOKENS = 64
 MIN_TEMPERATURE = 1e-6
 
 
@@ -30,6 +31,8 @@ class SamplingParams:
     max_tokens: generated tokens; None = up to the end of the context. max_length counts the prompt too.
     stop: strings that end the text and are not part of it. stop_token_ids: the same for ids.
     ignore_eos: the model's end tokens do not stop the text (benchmarks).
+    draft_tokens: at most so many tokens a step are guessed from what was said before (prompt lookup) and verified;
+    the output stays the same, token for token, and guessing pauses where it does not pay. 0 = none.
     seed: None = drawn once per request. logprobs: log-probabilities of the n likeliest tokens (before
     penalties and temperature) beside the chosen one's, up to 20.
 
@@ -46,6 +49,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    draft_tokens: int = 0
     seed: int | None = None
     logprobs: int | None = None
 
@@ -79,6 +83,7 @@ class SamplingParams:
         if self.repetition_penalty == 0.0:
             raise InvalidSampling("repetition_penalty must be greater than 0; 1 means no penalty")
         _check_int("top_k", self.top_k, 0)
+        _check_int("draft_tokens", self.draft_tokens, 0, MAX_DRAFT_TOKENS)
         _check_int("max_tokens", self.max_tokens, 1, optional=True)
         _check_int("max_length", self.max_length, 1, optional=True)
         _check_int("seed", self.seed, 0, 2**64 - 1, optional=True)

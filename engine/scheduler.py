@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 from .errors import DoesNotFit
@@ -13,31 +14,53 @@ from .sequence import Sequence
 
 
 class Work(NamedTuple):
-    """`length` tokens of a sequence from position `start` on, to be computed in this step."""
+    """`length` tokens of a sequence from position `start` on, to be computed in this step, and guesses after them."""
 
     sequence: Sequence
     start: int
     length: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.length + len(self.drafts)
+
+    @property
+    def stop(self) -> int:
+        """Position behind its last known token."""
+        return self.start + self.length
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.stop], *self.drafts]
 
     @property
     def finishes(self) -> bool:
         """Whether nothing is left to compute after it."""
-        return self.start + self.length == self.sequence.num_tokens
+        return self.stop == self.sequence.num_tokens
 
 
 class Lane:
     """One backbone's queue: different weights never share a batch, adapters and heads of the same do.
 
-    budget: tokens a step. max_sequences: sequences that hold pages at once.
+    budget: tokens a step. max_sequences: sequences that hold pages at once. free_rows: how many rows a step may have
+    before it takes longer than with one, because reading the weights takes as long: drafts and whatever else is
+    optional run in these only.
     """
 
-    def __init__(self, backbone: Backbone, budget: int, max_sequences: int) -> None:
+    def __init__(self, backbone: Backbone, name: str, budget: int, max_sequences: int, free_rows: int) -> None:
         self.backbone = backbone
+        self.name = name
         self.budget = budget
         self.max_sequences = max_sequences
+        self.free_rows = free_rows
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.free_slots = list(range(max_sequences))[::-1]
+
+    @property
+    def decoding(self) -> int:
+        return sum(sequence.decoding for sequence in self.running)
 
 
 class Scheduler:
@@ -58,8 +81,11 @@ class Scheduler:
                 f"{room:,} tokens of this model; shorten the prompt, lower max_tokens or raise kv_bytes"
             )
 
+    def lane(self, backbone: Backbone) -> Lane:
+        return self._lane_of[id(backbone)]
+
     def add(self, sequence: Sequence) -> None:
-        insort(self._lane(sequence).waiting, sequence, key=_order)
+        insort(self._lane(sequence).waiting, sequence, key=_urgency)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished, failed or aborted; what it computed stays findable."""
@@ -69,25 +95,40 @@ class Scheduler:
         elif sequence in lane.waiting:
             lane.waiting.remove(sequence)
 
+    def require(self, sequence: Sequence) -> None:
+        """From now on a sequence is not optional."""
+        sequence.optional = False
+        lane = self._lane(sequence)
+        for queue in (lane.waiting, lane.running):
+            if sequence in queue:
+                queue.remove(sequence)
+                insort(queue, sequence, key=_urgency)
+
     def sequences(self) -> Iterator[Sequence]:
         for lane in self.lanes:
             yield from lane.running
             yield from lane.waiting
 
     def schedule(self, lane: Lane) -> list[Work]:
-        """The next batch of a lane: decoding sequences first, then chunks, then newcomers while there is room."""
+        """The next batch of a lane: decoding sequences first, then chunks, then newcomers while there is room; in
+        rows that cost nothing then drafts, and at last what is optional."""
         works: list[Work] = []
         budget = lane.budget
         for sequence in sorted(lane.running, key=lambda item: (item.remaining > 1, item.order)):
-            if budget and sequence.running:
-                count = min(sequence.remaining, budget)
-                if self._grow(sequence, sequence.num_computed + count):
-                    works.append(Work(sequence, sequence.num_computed, count))
-                    budget -= count
+            count = min(sequence.remaining, budget)
+            wanted = count and not sequence.optional and sequence.running
+            if wanted and self._grow(sequence, sequence.num_computed + count):
+                works.append(Work(sequence, sequence.num_computed, count))
+                budget -= count
         # whoever was preempted for an older sequence after it was chosen does not run
         works = [work for work in works if work.sequence.running]
-        while budget and lane.waiting and len(lane.running) < lane.max_sequences:
+        while budget and lane.waiting and not lane.waiting[0].optional:
             sequence = lane.waiting[0]
+            if len(lane.running) >= lane.max_sequences:
+                last = max(lane.running, key=_urgency)
+                if not last.optional:
+                    break
+                self._preempt(last)
             if not self._admit(lane, sequence):
                 if not self._make_way(sequence):
                     break
@@ -96,21 +137,92 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             works.append(Work(sequence, sequence.num_computed, count))
             budget -= count
-        return works
+        return self._add_optional(lane, self._add_drafts(lane, works))
 
     def advance(self, work: Work) -> None:
-        """Account for computed tokens, and make every page that they filled findable."""
-        sequence = work.sequence
-        size = sequence.table.layout.tokens_per_page
-        first = sequence.num_computed // size
-        sequence.num_computed = work.start + work.length
-        for index in range(first, sequence.num_computed // size):
-            self._publish(sequence, index, index * size, (index + 1) * size)
+        """Account for computed tokens, and make every page that they filled findable. Drafts do not count yet."""
+        self._advance(work.sequence, work.stop)
+
+    def accept(self, sequence: Sequence, drafts: int) -> None:
+        """So many drafts came true, and are tokens of the sequence now: what was computed of them counts."""
+        self._advance(sequence, sequence.num_computed + drafts)
+
+    def roll_back(self, sequence: Sequence, keep: int) -> None:
+        """Cut a sequence to its first `keep` tokens.
+
+        A page that can be found is never written again, a running sum is known at some lengths only, and a score
+        needs its last token: some kept tokens are computed once more.
+        """
+        sequence.cut(keep)
+        if keep >= sequence.num_computed:
+            return
+        pages, size = sequence.table.pages, sequence.table.layout.tokens_per_page
+        pooled = sequence.pool_from
+        last = max(0, keep - 1)
+        known = [last] if pooled is None or last <= pooled else [pooled, *sequence.sums]
+        writable = [n for n in known if n <= last and (n % size == 0 or pages[n // size].content is None)]
+        start = max(writable, default=min(known) // size * size)
+        sequence.num_computed = start
+        sequence.rolled_back = True
+        sequence.sums = {length: total for length, total in sequence.sums.items() if length <= start}
+        first = sequence.table.layout.pages(start)
+        self.pool.release(pages[first:])
+        sequence.table.cut(first)
+
+    def replace_tail(self, sequence: Sequence, keep: int, tokens: Many[int]) -> None:
+        """An open sequence's tokens become `tokens`, of which it has the first `keep` already.
+
+        Raises `DoesNotFit`.
+        """
+        if keep < sequence.num_tokens:
+            self.roll_back(sequence, keep)
+        for token in tokens[keep:]:
+            sequence.append(token)
+        self.check_fits(sequence.table.layout, sequence.num_tokens)
+
+    # Below: what may run where it costs nothing.
+
+    def _add_drafts(self, lane: Lane, works: list[Work]) -> list[Work]:
+        spare = lane.free_rows - sum(work.length for work in works)
+        out = []
+        for work in works:
+            drafts = work.sequence.drafts[: max(0, spare)]
+            if drafts and work.finishes and self._extend(work.sequence, work.stop + len(drafts)):
+                work = work._replace(drafts=tuple(drafts))
+                spare -= len(drafts)
+            out.append(work)
+        return out
+
+    def _add_optional(self, lane: Lane, works: list[Work]) -> list[Work]:
+        spare = min(lane.free_rows, lane.budget) - sum(work.rows for work in works)
+        if spare <= 0:
+            return works
+        optional = [sequence for sequence in lane.running if sequence.optional and sequence.remaining]
+        if len(lane.running) < lane.max_sequences:
+            newcomer = next((sequence for sequence in lane.waiting if sequence.optional and sequence.remaining), None)
+            required = lane.waiting and not lane.waiting[0].optional
+            if newcomer is not None and not required and self._admit(lane, newcomer):
+                optional.append(newcomer)
+        for sequence in optional:
+            count = min(sequence.remaining, spare)
+            if count and self._extend(sequence, sequence.num_computed + count):
+                works.append(Work(sequence, sequence.num_computed, count))
+                spare -= count
+        return works
 
     # Below: pages of one sequence.
 
     def _lane(self, sequence: Sequence) -> Lane:
-        return self._lane_of[id(sequence.model.backbone)]
+        return self.lane(sequence.model.backbone)
+
+    def _advance(self, sequence: Sequence, computed: int) -> None:
+        if sequence.closing:  # its last token went through some layers only
+            return
+        size = sequence.table.layout.tokens_per_page
+        first = sequence.num_computed // size
+        sequence.num_computed = computed
+        for index in range(first, computed // size):
+            self._publish(sequence, index, index * size, (index + 1) * size)
 
     def _publish(self, sequence: Sequence, index: int, start: int, stop: int) -> None:
         pages = sequence.table.pages
@@ -149,41 +261,48 @@ class Scheduler:
         if sequence.pool_from is not None:
             sequence.pool_slot = lane.free_slots.pop()
         lane.waiting.remove(sequence)
-        insort(lane.running, sequence, key=_order)
+        insort(lane.running, sequence, key=_urgency)
         return True
 
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for `tokens` tokens in all, preempting the youngest until there are enough."""
+    def _extend(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for `tokens` tokens in all, if they can be had without taking any from others."""
         table = sequence.table
         missing = table.layout.pages(tokens) - len(table.pages)
         if missing <= 0:
             return True
-        while True:
-            pages = self.pool.allocate(table.layout, missing, table.pages[-1])
-            if pages is not None:
-                table.extend(pages)
-                return True
-            victim = max((item for lane in self.lanes for item in lane.running), key=_order)
+        pages = self.pool.allocate(table.layout, missing, table.pages[-1] if table.pages else None)
+        if pages is not None:
+            table.extend(pages)
+        return pages is not None
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for `tokens` tokens in all, preempting the least urgent until there are enough."""
+        while not self._extend(sequence, tokens):
+            victim = max((item for lane in self.lanes for item in lane.running), key=_urgency)
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
 
     def _make_way(self, sequence: Sequence) -> bool:
-        """Preempt the youngest of all lanes for a waiting sequence that is older than everything that runs.
+        """Preempt the least urgent of all lanes for a waiting sequence that is older than all that must run.
 
         Without this, younger sequences of other lanes could take turns for ever while it waits for pages.
         """
         running = [item for lane in self.lanes for item in lane.running]
-        if not running or min(running, key=_order).order < sequence.order:
+        if not running:
             return False
-        self._preempt(max(running, key=_order))
+        victim = max(running, key=_urgency)
+        if not victim.optional and min(running, key=_urgency).order < sequence.order:
+            return False
+        self._preempt(victim)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and computes again what is gone by the time it returns."""
         lane = self._lane(sequence)
         self._stop(lane, sequence)
-        insort(lane.waiting, sequence, key=_order)
+        insort(lane.waiting, sequence, key=_urgency)
         sequence.record.preemptions += 1
         self.preemptions += 1
 
@@ -195,6 +314,8 @@ class Scheduler:
         self.pool.release(sequence.table.pages)
         sequence.table = type(sequence.table)(sequence.table.layout)
         sequence.num_computed = 0
+        sequence.rolled_back = False
+        sequence.sums.clear()
         sequence.running = False
         sequence.features.clear()
         lane.running.remove(sequence)
@@ -203,5 +324,5 @@ class Scheduler:
             sequence.pool_slot = None
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+def _urgency(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    return sequence.optional, sequence.order

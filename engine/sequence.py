@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .drafts import PromptLookup
 from .kv_pages import KVLayout, Page, PrefixRoot
 from .models.model import Model
 from .models.vision import PreparedImage
@@ -50,6 +51,12 @@ class BlockTable:
         self.pages, self._runs = [], []
         self.extend(pages)
 
+    def cut(self, count: int) -> None:
+        """Keep the first `count` pages."""
+        pages = self.pages[:count]
+        self.pages, self._runs = [], []
+        self.extend(pages)
+
     def runs(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """(first row, tokens) of the tokens from position `start` up to `stop`."""
         if start == 0 and len(self._runs) == 1:
@@ -66,15 +73,19 @@ class BlockTable:
 
 @dataclass(eq=False)
 class Sequence:
-    """One pass as the scheduler sees it: `num_tokens` are known, `num_computed` of them have keys and values.
+    """One token stream as the scheduler sees it: `num_tokens` are known, `num_computed` have keys and values.
 
-    order: (request id, pass number): who goes first, and the youngest is preempted first.
-    content: what a token stands for in the prefix index: the token itself, or for a row of an image a number
-    made from the image's key and the row. Without images it is the same list as `tokens`.
-    limit: most tokens it may come to have. pool_from: first token that a mean head pools.
+    order: (request id, pass number, part of the pass): who goes first, and the youngest is preempted first.
+    content: what a token stands for in the prefix index: the token itself, or a number made from more where more
+    decides its keys and values (the row of an image, an adapter); the same list as `tokens` where nothing does.
+    limit: most tokens it may come to have. optional: it runs only where that costs nothing. open: more tokens may
+    come whose text is not written yet. drafts: guesses of the next tokens, to be verified in the next step.
+
+    tap: the model whose head reads this sequence's own hidden states. pool_from: first token that a mean head pools.
+    sums: the running sum at some of its lengths, for a sequence that may be rolled back.
     """
 
-    order: tuple[int, int]
+    order: tuple[int, int, int]
     model: Model
     record: PassRecord
     root: PrefixRoot
@@ -86,12 +97,23 @@ class Sequence:
     images: tuple[PlacedImage, ...] = ()
     sampling: SamplingParams | None = None  # None: nothing is generated
     seed: int = 0
+    draw: int = 0  # which generation of the request it is, for its random numbers
     words: tuple[tuple[int, ...], ...] = ()
+    scored: bool = False
+    optional: bool = False
+    open: bool = False
+    tap: Model | None = None
     pool_from: int | None = None
+    adapted_from: int | None = None  # first token under the model's adapter
     deadline: float | None = None
+    drafter: PromptLookup | None = None
+    drafts: list[int] = field(default_factory=list)
     num_computed: int = 0
     pool_slot: int | None = None
     running: bool = False
+    closing: bool = False  # its last token is computed for the tap alone
+    rolled_back: bool = False
+    sums: dict[int, Tensor] = field(default_factory=dict)
     features: dict[bytes, Tensor] = field(default_factory=dict)
     sampled: list[Sampled] = field(default_factory=list)
 
@@ -104,6 +126,19 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def decoding(self) -> bool:
+        return self.sampling is not None and self.num_tokens > self.prompt_tokens and self.remaining == 1
+
+    @property
+    def depth(self) -> int:
+        """How many layers its next tokens go through."""
+        return self.tap.depth if self.closing and self.tap is not None else self.model.depth
+
+    @property
+    def wants_logits(self) -> bool:
+        return (self.sampling is not None or bool(self.words)) and not self.closing
+
+    @property
     def reusable(self) -> int:
         """How many tokens may come from the prefix index: never the last, never one that is pooled."""
         return self.num_tokens - 1 if self.pool_from is None else min(self.num_tokens - 1, self.pool_from)
@@ -111,7 +146,25 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if self.content is not self.tokens:
-            self.content.append(token)
+            self.content.append(self.content_of(token, len(self.tokens) - 1))
+
+    def cut(self, count: int) -> None:
+        """Forget all tokens but the first `count`; see `Scheduler.roll_back` for what is computed of them."""
+        del self.tokens[count:]
+        if self.content is not self.tokens:
+            del self.content[count:]
+
+    def content_of(self, content: int, position: int) -> int:
+        """What stands in the prefix index for a token (or an image's row): under an adapter, a number of its own.
+
+        What an adapter does to a token depends on where it became active; positions before that have the base's
+        numbers, so the path to a page tells.
+        """
+        if self.adapted_from is None or position < self.adapted_from:
+            return content
+        assert self.model.adapter is not None
+        adapter = self.model.backbone.adapters[self.model.adapter]
+        return -(int(adapter.content_hash, 16) << 300) - content
 
     def images_between(self, start: int, stop: int) -> Iterator[PlacedImage]:
         return (placed for placed in self.images if placed.start < stop and placed.stop > start)

@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from .request import Reply
+from .scheduler import Work
+from .sequence import Sequence
 
 OWN_LABELS = ("judge", "caption", "eyes_closed", "rewrite")  # passes whose time counts under their own name
 SCREENING = ("screen", "score")
@@ -326,3 +328,30 @@ def _async(
 
 def _microseconds(seconds: float) -> float:
     return round(seconds * 1e6, 3)
+
+
+def step_works(works: list[Work]) -> tuple[StepWork, ...]:
+    """What each work of a batch is for."""
+    return tuple(
+        StepWork(
+            work.sequence.order[0],
+            work.sequence.order[1],
+            work.sequence.record.label,
+            _role(work.sequence),
+            work.sequence.model.name,
+            work.rows,
+        )
+        for work in works
+    )
+
+
+def _role(sequence: Sequence) -> str:
+    if sequence.optional:
+        return "speculative"
+    if sequence.scored:
+        return "screen" if sequence.record.label == "screen" else "score"
+    if sequence.words:
+        return "judge"
+    if sequence.closing:
+        return "screen"
+    return "decode" if sequence.num_computed >= sequence.prompt_tokens else "prefill"

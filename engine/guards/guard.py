@@ -10,12 +10,12 @@ from typing import Any
 
 from ..chat import Chat
 from ..errors import InvalidGuard
-from ..passes import Loop, ModelTraits
+from ..passes import Loop, ModelTraits, ReleaseMode
 from ..sampling import SamplingParams
 from . import prompts
 from .detectors import Detector, bound
 from .heads import HarmHead
-from .loop import ReleaseMode, guarded
+from .loop import guarded
 from .remedies import Detoxify, EyesClosed, Refuse, Remedy
 from .self_judge import JudgeMode, SelfJudge
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..chat import Chat
 from ..errors import Aborted, InvalidGuard, PassError
-from ..passes import Answer, Ask, Decision, Generate, Handle, Judged, Loop, Release, Screen, Start
+from ..passes import Answer, Ask, Decision, Generate, Handle, Judged, Loop, Release, ReleaseMode, Screen, Start
 from ..request import FinishReason, Outcome, Verdict
 from ..text import Untrusted
 from .detectors import MLLM, NONSENSE, Detector, Judging, is_sound, reason_of, screen_of
@@ -21,10 +21,6 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     from .guard import Guard, Released
-
-ReleaseMode = Literal["verdict", "window", "audit"]
-"""What of a guarded answer leaves when: all of it after the verdict; what a screened beginning covers, once that is
-clear; everything at once, verdicts being for the record only."""
 
 _RELEASES: dict[ReleaseMode, Release] = {"verdict": "hold", "window": "window", "audit": "audit"}
 

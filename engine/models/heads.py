@@ -15,7 +15,8 @@ from torch import Tensor
 from ...kernels.pooled_logit import pooled_logit
 from ..errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 
-TEMPLATES = ("response", "question_answer")
+IN_CONTEXT = "context"  # the answering model's own prompt and answer: a head on its own states
+TEMPLATES = ("response", "question_answer", IN_CONTEXT)
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig
 
 from stockade.engine.engine import Engine
 from stockade.engine.kv_pages import KVLayout, PagePool
+from stockade.engine.models.bundles import default_cache
+from stockade.engine.models.decoder import Decoder, DecoderConfig
 from stockade.engine.sampling import SamplingParams, greedy
+from stockade.kernels import native
 from stockade.kernels.linear import Linear
+from stockade.kernels.native import RaggedGroup, RaggedSequence
 from stockade.kernels.paged_attention import (
     LayerKV,
     SequenceSpan,
     attention_reference,
     causal_mask,
     paged_attention,
+    write_kv,
 )
 from stockade.kernels.pooled_logit import pooled_logit
 from stockade.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -119,6 +125,35 @@ def test_prefill_attention(benchmark: Any, before: int) -> None:
         close(benchmark(paged_attention, q, layer, spans, DIM**-0.5), reference(q, layer, spans))
 
 
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_native_layer(benchmark: Any, rows: int) -> None:
+    """A whole layer over a chunk behind 256 known tokens, against the same from single operations."""
+    if isinstance(library := native.load(default_cache()), str):
+        pytest.skip(f"native kernels: {library}")
+    shape = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
+    config = DecoderConfig.from_pretrained(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=KV_HEADS, **shape))
+    decoder = Decoder(config, torch.device("cpu"), DTYPE, with_head=False)
+    for _, slot in decoder.slots():
+        slot.copy_(random(*slot.shape) * HIDDEN**-0.5)
+    decoder.freeze()
+    assert decoder.native is not None
+    layer, x = cache(1024), random(rows, HIDDEN)
+    angles, places = decoder.angles(torch.arange(256, 256 + rows)), torch.arange(64 + 256, 64 + 256 + rows)
+    runs = ((64, 256 + rows),)
+    span = SequenceSpan(0, rows, runs, causal_mask(rows, 256 + rows, None, torch.device("cpu")) if rows > 1 else None)
+    group = RaggedGroup([layer], [RaggedSequence(0, rows, 256, runs)])
+
+    def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+        write_kv(layer, places, qkv[:, HEADS:])
+        return paged_attention(qkv[:, :HEADS], layer, [span], DIM**-0.5)
+
+    with torch.inference_mode():
+        want, got = decoder.block(0, x.clone(), angles, attend), x.clone()
+        decoder.native.run(0, 1, got, angles, places, [group])
+        close(got, want)
+        benchmark(decoder.native.run, 0, 1, x.clone(), angles, places, [group])
+
+
 def test_pooled_logit(benchmark: Any) -> None:
     pooled, weight, bias = torch.randn(16, HIDDEN), torch.randn(HIDDEN), torch.randn(1)
     logit, score = benchmark(pooled_logit, pooled, weight, bias, None, 1e-5)
@@ -141,8 +176,8 @@ def test_engine_step(benchmark: Any, checkpoint: Callable[[str], Path]) -> None:
     steps = engine.steps
     benchmark.pedantic(engine.step, rounds=200, warmup_rounds=10)
     for request in requests:
-        assert request.sequence is not None
-        assert request.sequence.num_tokens == 4 + 1 + engine.steps - steps
+        (run,) = request.runs.values()
+        assert run.sequence.num_tokens == 4 + 1 + engine.steps - steps
 
 
 @pytest.fixture

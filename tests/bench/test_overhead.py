@@ -105,7 +105,7 @@ def test_a_forced_guard_takes_its_path_with_texts_of_fixed_length(name: str, pat
         (reply,) = engine.chat([[{"role": "user", "content": message}]], guard=guard, sampling=sampling)
         check_path(reply, wanted_outcome(guard, path), LENGTHS.answer)
         judge = LENGTHS.judge if name == "ecso-as-published" else 0
-        lengths = {"answer": 5, "score": 0, "judge": judge, "caption": 4, "rewrite": 3, "eyes_closed": 3}
+        lengths = {"answer": 5, "score": 0, "screen": 0, "judge": judge, "caption": 4, "rewrite": 3, "eyes_closed": 3}
         assert [len(record.token_ids) for record in reply.passes] == [lengths[p.label] for p in reply.passes]
         other = Outcome.CLEAN if path == "harmful" else Outcome.MENDED
         with pytest.raises(WrongPath, match="ended"):

@@ -92,7 +92,7 @@ def test_many_sequences_with_shared_beginnings_preemptions_and_aborts_all_count(
     expected = {}
     aborted = replies = 0
     for step in range(700):
-        if len(engine.requests) < 24 and step < 450:
+        if len(engine.driver.requests) < 24 and step < 450:
             known = choose.choice(texts)
             prompt = [
                 *known[: choose.randrange(0, len(known))],
@@ -109,8 +109,8 @@ def test_many_sequences_with_shared_beginnings_preemptions_and_aborts_all_count(
             if choose.random() < 0.3:  # later ones go on from here
                 texts[choose.randrange(4)] = [*prompt, *reply.token_ids]
         engine.check_integrity()
-        if engine.requests and choose.random() < 0.05:
-            engine.abort(choose.choice(list(engine.requests)))
+        if engine.driver.requests and choose.random() < 0.05:
+            engine.abort(choose.choice(list(engine.driver.requests)))
             aborted += 1
         if step % 97 == 0:
             engine.pool.clear_cache()

@@ -320,7 +320,7 @@ def test_usage_and_trace_add_up(all_models: ModelSet) -> None:
     guard = Guard.protector(template="response", threshold=1.0, max_rounds=2)
     reply = engine.chat(["A question"], guard=guard, sampling=MIXED[0])[0]
     labels = [record.label for record in reply.passes]
-    assert labels == ["answer", "score", "rewrite", "score", "rewrite", "score"]
+    assert labels == ["answer", "screen", "rewrite", "screen", "rewrite", "screen"]
     for name, usage in reply.usage.items():
         records = [record for record in reply.passes if record.model == name]
         assert usage.prompt == sum(record.prompt_tokens for record in records)
@@ -395,7 +395,7 @@ class Interleaving(RuleBasedStateMachine):
             self.engine.step()
             self.engine.check_integrity()
 
-    @precondition(lambda self: self.engine.requests)
+    @precondition(lambda self: self.engine.driver.requests)
     @rule(which=st.integers(0, 99))
     def abort(self, which: int) -> None:
         live = [request for request in self.requests if request.reply is None]

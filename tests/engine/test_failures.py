@@ -122,7 +122,7 @@ def test_logits_that_are_not_numbers_end_their_own_request_only(
 
 
 def test_an_error_while_tokens_are_handed_out_ends_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stockade.engine.engine.sample", lambda logits, rows: 1 / 0)
+    monkeypatch.setattr("stockade.engine.driver.sample", lambda logits, rows: 1 / 0)
     reply = engine.chat(["One"], sampling=SHORT)[0]
     assert reply.error == "ZeroDivisionError: division by zero"
     monkeypatch.undo()
@@ -144,7 +144,7 @@ def test_a_pass_that_takes_too_long_is_harmful(engine: Engine) -> None:
     guard = Guard.protector(template="response", threshold=0.0, timeout=1e-9)
     reply = engine.chat(["One"], guard=guard, sampling=SHORT)[0]
     assert (reply.outcome, reply.text, reply.error) == (Outcome.REFUSED, guard.refusal, "timeout")
-    assert reply.passes[1].error == "the score pass took too long"
+    assert reply.passes[1].error == "the screen pass took too long"
     late = Guard.protector(template="response", threshold=1.0, timeout=1e-9)
     assert engine.chat(["One"] * 3, guard=late, sampling=SHORT)[1].error == "timeout"
 
@@ -204,7 +204,7 @@ def a_classifier_speaks(chat: Chat) -> Iterator[Any]:
     ("loop", "reason"),
     [
         (not_a_decision, "returned str, not a Decision"),
-        (not_a_pass, "may yield Generate, Score or Choose, not 'text'"),
+        (not_a_pass, "may yield Generate, Score, Choose, Start, Wait or Cancel, not 'text'"),
         (raises, "oops"),
         (unknown_model, "no 'oracle'; it has detector, detoxifier, mllm"),
         (no_such_word, "no single token for each of yes, antidisestablishmentarianism"),

@@ -50,5 +50,5 @@ def last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     assert result.logits is not None
     for work in works:
         engine.scheduler.advance(work)
-    engine._deliver(result)
+    engine.driver.deliver(engine.lanes[0], result)
     return result.logits[0]

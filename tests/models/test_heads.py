@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from stockade.engine.engine import Engine, Request
+from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 from stockade.engine.models.heads import Head, HeadSpec, load_head, save_head
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.passes import Answer, Choose, Decision, Generate, Score, Scored
 from stockade.engine.request import Outcome
+from stockade.engine.running import Request
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Segment, Trusted, Untrusted
 
@@ -48,7 +49,7 @@ def run(
     beside = [engine.submit_prompt(prompt, GREEDY) for prompt in others]
     requests: list[Request] = []
     for step, result in zip(steps, results, strict=True):
-        requests.append(engine._submit(only(step, result), None, None, False))
+        requests.append(engine.driver.submit(only(step, result), None, None, False, guarded=True))
         engine.step()
         engine.check_integrity()
     while engine.has_work:
@@ -169,10 +170,10 @@ def test_context_before_the_pooled_text_comes_from_the_pool(models: ModelSet) ->
     engine = Engine(models=probe(models, 2, "mean", False), kv_bytes=16 << 20, tokens_per_page=16)
     text, start = CASES[2]
     step = Score("detector", text, start)
-    first = engine._submit(only(step, []), None, None, False)
+    first = engine.driver.submit(only(step, []), None, None, False, guarded=True)
     while engine.has_work:
         engine.step()
-    second = engine._submit(only(step, []), None, None, False)
+    second = engine.driver.submit(only(step, []), None, None, False, guarded=True)
     while engine.has_work:
         engine.step()
     context = len(engine.models["detector"].codec.encode(text[:start], add_special_tokens=True))
@@ -183,9 +184,9 @@ def test_context_before_the_pooled_text_comes_from_the_pool(models: ModelSet) ->
 def test_a_model_that_scores_only_is_not_asked_to_speak(models: ModelSet, step: Any) -> None:
     engine = Engine(models=probe(models, 2, "mean", False), kv_bytes=16 << 20)
     with pytest.raises(ValueError, match="detector gives scores only"):
-        engine._submit(only(step, []), None, None, False)
+        engine.driver.submit(only(step, []), None, None, False, guarded=True)
     with pytest.raises(ValueError, match="mllm has no head to score with"):
-        engine._submit(only(Score("mllm", (Untrusted("a"),)), []), None, None, False)
+        engine.driver.submit(only(Score("mllm", (Untrusted("a"),)), []), None, None, False, guarded=True)
     assert not engine.has_work
 
 

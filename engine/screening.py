@@ -1,0 +1,134 @@
+"""A detector that reads along: which of its tokens are known, what it said of which beginning, what that decides.
+
+It holds state and runs nothing; the engine gives it text and scores, and asks what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from math import nan
+from time import perf_counter
+
+from .errors import PassTimeout, TooLong
+from .growing import GrowingPrompt
+from .models.model import Model
+from .passes import Screen, Screened
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+
+class Screening:
+    """The screen of one answer.
+
+    text: of the answer so far. waiting: tokens of the answer since the last chunk. input_characters: of the tokens
+    that were inputs of the answering model already. cleared: how many characters a beginning covers that was found
+    harmless. harmful: whether the last judged beginning was not. doomed: whether the answer is not worth finishing.
+    """
+
+    def __init__(self, screen: Screen, model: Model, stops: bool) -> None:
+        """stops: whether a screen that fails ends the answer."""
+        assert model.head is not None
+        spec = model.head.spec
+        self.screen = screen
+        self.model = model
+        self.sequence: Sequence | None = None  # of its own; None while there is no text, and for a tap
+        self.growing = None if screen.before is None else GrowingPrompt(model.codec, screen.before)
+        self.threshold = spec.threshold
+        prefix = (screen.prefix_threshold, screen.threshold, spec.prefix_threshold, spec.threshold)
+        self.prefix_threshold = next(value for value in prefix if value is not None)
+        self.text = ""
+        self.waiting = 0
+        self.input_characters = 0
+        self.cleared = 0
+        self.harmful = False
+        self.error: str | None = None
+        self.closed = False
+        self.ended: float | None = None  # when the answer ended, in seconds of the request
+        self._stops = stops
+        self._score = nan
+        self._final = False  # whether `_score` is of the whole text
+        self._fed = 0  # characters handed to the sequence, and covered by it once it is computed
+        self._low = 0  # beginnings in a row that scored below `stop_below`
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that the sequence was given is computed."""
+        return self.sequence is None or not self.sequence.remaining
+
+    @property
+    def can_stop(self) -> bool:
+        return self.screen.stop_below is not None
+
+    @property
+    def doomed(self) -> bool:
+        if self.error is not None:
+            return self._stops
+        return self.screen.stop_below is not None and self._low >= self.screen.patience
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will be known."""
+        return self.error is not None or self._final
+
+    @property
+    def result(self) -> Screened:
+        return Screened(self.screen, nan if self.error else self._score, self.threshold, self.error)
+
+    def follow(self, scheduler: Scheduler, new: Callable[[Many[int]], Sequence]) -> None:
+        """Give the sequence the tokens of the new text, all of them once the answer is closed. new: makes it.
+
+        Raises `TooLong` for more tokens than the detector takes, and as encoding and scheduling do.
+        """
+        assert self.growing is not None
+        growing, pooled = self.growing, self.growing.pool_from
+        keep, _ = growing.append(self.text[len(growing.text) :])
+        if self.closed:
+            keep = min(keep, growing.close()[0])
+        self.waiting = 0
+        if len(growing.ids) > self.model.context:
+            raise TooLong(f"the text has {len(growing.ids):,} tokens; {self.model.name} takes {self.model.context:,}")
+        if self.sequence is None:
+            if not growing.covers and not self.closed:
+                return
+            self.sequence = new(growing.ids)
+            scheduler.check_fits(self.sequence.table.layout, self.sequence.num_tokens)
+            scheduler.add(self.sequence)
+        else:
+            # where the answer's first token moved, the running sum begins anew
+            keep = keep if growing.pool_from == pooled else min(keep, pooled, growing.pool_from)
+            scheduler.replace_tail(self.sequence, keep, growing.ids)
+        assert self.model.head is not None
+        if self.model.head.spec.pooling == "mean":
+            self.sequence.pool_from = min(growing.pool_from, self.sequence.num_tokens - 1)
+        self._fed = len(self.text) if self.closed else growing.covers
+        self.sequence.open = not self.closed
+        if self.closed:
+            if self.screen.timeout is not None:
+                self.sequence.deadline = perf_counter() + self.screen.timeout
+            # where the end of the text added no token, what was said of it stands
+            self._final = not self.sequence.remaining
+
+    def judge(self, score: float, covers: int | None = None) -> None:
+        """Take the score of the first `covers` characters; None: of all that was handed to the sequence."""
+        covers = self._fed if covers is None else covers
+        self._score = score
+        self._final = self.closed and covers == len(self.text)
+        # NaN fails the comparison
+        if score >= self.prefix_threshold:
+            self.harmful = False
+            self.cleared = max(self.cleared, covers)
+        else:
+            self.harmful = True
+        low = self.screen.stop_below
+        self._low = self._low + 1 if low is not None and not score >= low else 0
+
+    def fail(self, error: Exception) -> None:
+        """No score will come: whatever the reason, the text counts as harmful."""
+        if isinstance(error, PassTimeout):
+            self.error = "timeout"
+        elif isinstance(error, TooLong):
+            self.error = "too_long"
+        else:
+            self.error = str(error) or type(error).__name__
+        self.harmful = True
