@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from .engine.errors import BadInput, InvalidGuard, StockadeError
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.guards import Guard
+    from .engine.passes import ReleaseMode
 
 GUARDS = ("off", "protector", "ecso")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -39,6 +40,14 @@ ThresholdOption = Annotated[
 ]
 PublishedOption = Annotated[
     bool, typer.Option("--published", help="The guard exactly as its released script, defects included.")
+]
+ReleaseOption = Annotated[
+    str,
+    typer.Option(
+        "--release",
+        help="What is shown when: verdict (all, once it is cleared), window (what the detector has read and cleared so "
+        "far), audit (all at once; verdicts are noted).",
+    ),
 ]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
@@ -84,6 +93,16 @@ def guard_named(name: str, threshold: float | None = None, published: bool = Fal
         case "ecso":
             return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
     raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
+
+
+def release_named(name: str) -> ReleaseMode:
+    """Raises `BadInput` for another name."""
+    from .engine.passes import ReleaseMode
+
+    for mode in get_args(ReleaseMode):
+        if mode == name:
+            return mode
+    raise BadInput(f"release must be one of {', '.join(get_args(ReleaseMode))}, not {name!r}")
 
 
 @app.callback(invoke_without_command=True)
@@ -188,6 +207,7 @@ def chat(
     guard: GuardOption = "protector",
     threshold: ThresholdOption = None,
     published: PublishedOption = False,
+    release: ReleaseOption = "verdict",
     detector: DetectorOption = None,
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
@@ -197,13 +217,14 @@ def chat(
 ) -> None:
     """Talk with a model under a guard. Questions may come from a pipe, one a line."""
     console = Console(highlight=False)
-    chosen = guard_named(guard, threshold, published)
+    chosen, mode = guard_named(guard, threshold, published), release_named(release)
     engine = _engine(console, model, detector, detoxifier, device, dtype)
 
     from .engine.sampling import SamplingParams
     from .talk import Talk
 
-    talk = Talk(engine, console, chosen, SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    talk = Talk(engine, console, chosen, sampling, mode)
     for path in image or ():
         talk.add_image(str(path))
     talk.run(guard_named)

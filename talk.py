@@ -14,7 +14,8 @@ from .engine.engine import Engine
 from .engine.errors import StockadeError
 from .engine.guards import Guard
 from .engine.images import load_image
-from .engine.request import FinishReason, Reply
+from .engine.passes import ReleaseMode
+from .engine.request import FinishReason, Replaced, Reply
 from .engine.sampling import SamplingParams
 
 HELP = "/image PATH adds an image to the next question, /guard NAME changes the guard, /reset forgets, /exit ends"
@@ -23,11 +24,19 @@ HELP = "/image PATH adds an image to the next question, /guard NAME changes the 
 class Talk:
     """A multi-turn chat with an engine. A question that cannot be answered is told and forgotten."""
 
-    def __init__(self, engine: Engine, console: Console, guard: Guard, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        console: Console,
+        guard: Guard,
+        sampling: SamplingParams,
+        release: ReleaseMode = "verdict",
+    ) -> None:
         self.engine = engine
         self.console = console
         self.guard = guard
         self.sampling = sampling
+        self.release = release
         self.messages: list[dict[str, Any]] = []
         self.images: list[Any] = []
 
@@ -65,7 +74,7 @@ class Talk:
         parts = [{"type": "image", "image": image} for image in self.images]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         self.images.clear()
-        texts = self.engine.stream([*self.messages, turn], guard=self.guard, sampling=self.sampling)
+        texts = self.engine.stream([*self.messages, turn], guard=self.guard, sampling=self.sampling, release=self.release)
         reply = self._print(texts)
         self.console.print(reply_line(reply), style="dim")
         if reply.finish_reason is not FinishReason.ERROR:
@@ -75,7 +84,12 @@ class Talk:
     def _print(self, texts: Any) -> Reply:
         while True:
             try:
-                self.console.out(printable(next(texts)), end="", highlight=False)
+                piece = next(texts)
+                if isinstance(piece, Replaced):
+                    self.console.print()
+                    self.console.print(Text(f"(withdrawn: {printable(piece.reason)})", style="yellow"))
+                    piece = piece.text
+                self.console.out(printable(piece), end="", highlight=False)
             except StopIteration as end:
                 self.console.print()
                 return end.value
