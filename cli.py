@@ -45,8 +45,8 @@ ReleaseOption = Annotated[
     str,
     typer.Option(
         "--release",
-        help="What is shown when: verdict (all, once it is cleared), window (what the detector has read and cleared so "
-        "far), audit (all at once; verdicts are noted).",
+        help="What is shown when: verdict (all, once it is cleared), window (what the detector has read and cleared), "
+        "audit (all at once; verdicts are noted).",
     ),
 ]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")]

@@ -105,8 +105,20 @@ def _engine() -> Iterator[Fact]:
         return
     dtype = str(engine.models["mllm"].backbone.decoder.dtype).removeprefix("torch.")
     yield Fact("device", f"{engine.device}, {dtype}")
+    if engine.device.type == "cpu":
+        yield _native()
     yield Fact("page pool (kv_bytes)", _size(engine.pool.arena.nbytes))
     yield Fact("self-test", "a tiny random model answered under a guard")
+
+
+def _native() -> Fact:
+    from .engine.models.bundles import default_cache
+    from .kernels.native import Native, load
+
+    library = load(default_cache())
+    if isinstance(library, Native):
+        return Fact("native CPU kernels", "compiled; bf16 layers run on AMX")
+    return Fact("native CPU kernels", f"none: {library}; PyTorch runs instead", "note")
 
 
 def _cache() -> Fact:

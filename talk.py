@@ -74,7 +74,8 @@ class Talk:
         parts = [{"type": "image", "image": image} for image in self.images]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         self.images.clear()
-        texts = self.engine.stream([*self.messages, turn], guard=self.guard, sampling=self.sampling, release=self.release)
+        chat = [*self.messages, turn]
+        texts = self.engine.stream(chat, guard=self.guard, sampling=self.sampling, release=self.release)
         reply = self._print(texts)
         self.console.print(reply_line(reply), style="dim")
         if reply.finish_reason is not FinishReason.ERROR:
