@@ -132,6 +132,8 @@ class Driver:
             try:
                 self._begin(request, ask.what, started=True)
             except Exception as error:  # told to whoever waits for it
+                if number == len(request.passes):  # it is no pass
+                    raise
                 request.results[number] = _pass_error(error)
             return Handle(number)
         if not isinstance(ask, Wait | Cancel):
@@ -140,10 +142,11 @@ class Driver:
         number = ask.handle.number
         run = request.runs.get(number)
         if isinstance(ask, Cancel):
-            request.results.pop(number, None)
+            if request.results.pop(number, None) is not None:
+                request.wasted += request.passes[number].computed_tokens
             if run is not None:
                 run.record.error = "canceled"
-                self._end(request, run)
+                self._give_up(request, run)
             return None
         if number in request.results:
             result = request.results.pop(number)
@@ -154,7 +157,8 @@ class Driver:
             raise InvalidGuard(f"a guard's loop waits for a pass that it did not start, or waited for: {number}")
         run.started = False
         for sequence in run.sequences:
-            self.scheduler.require(sequence)
+            if sequence is not run.ahead:
+                self.scheduler.require(sequence)
         request.waiting_for = number
         return None
 
@@ -167,7 +171,11 @@ class Driver:
 
     def finish(self, request: Request, decision: Decision, reason: FinishReason | None = None) -> Reply:
         for run in list(request.runs.values()):
-            self._end(request, run)
+            if run.started:
+                self._give_up(request, run)
+            else:
+                self._end(request, run)
+        request.wasted += sum(request.passes[number].computed_tokens for number in request.results)
         if not isinstance(decision, Decision):
             why = f"the guard's loop returned {type(decision).__name__}, not a Decision"
             decision, reason = Decision(Answer(""), Outcome.REFUSED, (), why), FinishReason.ERROR
@@ -249,6 +257,10 @@ class Driver:
         if model.head is None:
             raise InvalidGuard(f"{model.name} has no head to screen with")
         screening = Screening(step.screen, model, stops=step.release != "audit")
+        if step.screen.before is not None and model.invocation:
+            raise InvalidGuard(
+                f"{model.name} is an activated adapter, which reads a text that has ended; screen=False"
+            )
         if step.screen.before is None:
             if model.backbone is not answer.model.backbone or model.adapter != answer.model.adapter:
                 raise InvalidGuard(f"{model.name} reads the states of other weights than those of {step.model}")
@@ -274,13 +286,11 @@ class Driver:
         """Take a pass's sequences out of the scheduler and account for them."""
         del request.runs[run.number]
         record, usage = run.record, request.usage.setdefault(run.record.model, Usage())
-        if run.ready is None:
+        if record.finished is None:
             self._end_sequence(request, run)
-        if run.started:
-            request.wasted += record.computed_tokens
         if run.ahead is not None:
-            request.ahead_model, request.ahead_tokens = run.ahead.model.name, run.ahead.num_computed
-            self.scheduler.remove(run.ahead)
+            self._end_ahead(request, run, run.ahead)
+            request.ahead_model, request.ahead_tokens = run.ahead.model.name, run.ahead.record.computed_tokens
         usage.prompt += record.prompt_tokens
         usage.cached += record.cached_tokens
         usage.generated += len(record.token_ids)
@@ -299,8 +309,17 @@ class Driver:
         run.record.finished = request.elapsed
         if run.sequence.drafter is not None:
             run.record.drafted, run.record.accepted = run.sequence.drafter.proposed, run.sequence.drafter.accepted
-        run.record.computed_tokens += run.sequence.num_computed - run.record.cached_tokens
         self.scheduler.remove(run.sequence)
+
+    def _end_ahead(self, request: Request, run: Run, ahead: Sequence) -> None:
+        ahead.record.finished = request.elapsed
+        ahead.record.prompt_tokens = ahead.num_tokens
+        self.scheduler.remove(ahead)
+
+    def _give_up(self, request: Request, run: Run) -> None:
+        """End a pass that was begun early and that nobody waits for."""
+        self._end(request, run)
+        request.wasted += run.record.computed_tokens
 
     def _complete(self, request: Request, run: Run, result: Any) -> None:
         """A pass is over; the loop gets its result, or error, when it waits for it."""
@@ -315,11 +334,12 @@ class Driver:
     def fail(self, sequence: Sequence, error: PassError) -> None:
         request, run = self.request(sequence), self._run(sequence)
         assert run is not None
-        if sequence is run.sequence:
+        if sequence is run.sequence and run.ready is None:
             run.record.error = str(error)
             self._complete(request, run, error)
         elif sequence is run.ahead:  # nobody depends on it
-            self.scheduler.remove(sequence)
+            self._end_ahead(request, run, sequence)
+            request.wasted += sequence.record.computed_tokens
             run.ahead = None
         else:
             self._screen_failed(request, run, error)
@@ -455,12 +475,11 @@ class Driver:
         """The answer is decoded, or not worth decoding further; a screen may have to read its end."""
         sequence, step = run.sequence, run.step
         assert isinstance(step, Generate)
-        codec = sequence.model.codec
         ids = tuple(sequence.tokens[sequence.prompt_tokens :])
-        at_end = bool(ids) and ids[-1] in codec.eos_ids and run.record.finish_reason == "stop"
+        # by a token that is no part of the text
+        ended = run.record.finish_reason == "stop" and not (run.output is not None and run.output.stopped)
         if run.output is None:
-            ended = run.record.finish_reason == "stop"
-            text = codec.decode(ids[:-1] if ended else ids)
+            text = sequence.model.codec.decode(ids[:-1] if ended else ids)
         else:
             run.output.flush()
             text = run.output.text
@@ -471,7 +490,7 @@ class Driver:
             sequence.model.name,
             sequence.model.backbone.cache_key,
             tuple(sequence.tokens),
-            tuple(sequence.content),
+            tuple(sequence.plain_content),
             sequence.images,
             sequence.prompt_tokens,
             step.label,
@@ -489,7 +508,7 @@ class Driver:
         if screening.screen.before is not None:
             self._end_sequence(request, run)
             self._feed(request, run)
-        elif at_end:  # every token of the text was an input already
+        elif ended:  # every token of the text was an input already
             lane = self.scheduler.lane(sequence.model.backbone)
             screening.judge(self.runner.tapped_score(lane, sequence), len(text))
             self._end_sequence(request, run)
@@ -537,7 +556,7 @@ class Driver:
             record = PassRecord("screen", screening.model.name, submitted=request.elapsed)
             request.passes.append(record)
             sequence = self._beside(request, run, 1, screening.model, ids, record)
-            sequence.scored = True
+            sequence.scored, sequence.optional = True, run.started
             room = run.sequence.limit - run.sequence.prompt_tokens
             sequence.limit = min(screening.model.context, len(ids) + room)
             return sequence
@@ -561,7 +580,10 @@ class Driver:
             raise BadInput(f"the {record.label} pass has an empty prompt")
         who = Identity(request.id, run.number, part, 0, request.seed, request.salt)
         tokens = list(ids)
-        return new_sequence(model, who, Encoded(tokens, tokens, ()), record, self.pool, self._page_size)
+        sequence = new_sequence(model, who, Encoded(tokens, tokens, ()), record, self.pool, self._page_size)
+        if model.invocation:  # which stands behind the last token, and is not there yet
+            sequence.adapted_from, sequence.content = None, tokens
+        return sequence
 
     def _screened(self, request: Request, run: Run, score: float) -> None:
         assert run.screening is not None
@@ -599,6 +621,8 @@ class Driver:
         """Show what may be shown of an answer that is still decoded."""
         step = run.step
         assert isinstance(step, Generate) and run.output is not None
+        if run.started:
+            return
         text = run.output.text
         cleared = 0 if run.screening is None else run.screening.cleared
         if step.release == "live":
@@ -639,7 +663,8 @@ class Driver:
                 self.scheduler.replace_tail(run.ahead, len(_common([run.ahead.tokens, tokens])), tokens)
         except Exception:  # what is only hoped for may fail: the pass itself will say why
             if run.ahead is not None:
-                self.scheduler.remove(run.ahead)
+                self._end_ahead(request, run, run.ahead)
+                request.wasted += run.ahead.record.computed_tokens
                 run.ahead = None
         request.overhead += perf_counter() - began
 

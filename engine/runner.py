@@ -90,14 +90,14 @@ class ModelRunner:
                 adapters = adapters.first(group.start) if adapters is not None and group.start else None
         self.seconds += perf_counter() - began
         choosing = [work for work in works if work.finishes and work.sequence.wants_logits]
-        closed = [work.sequence for work in works if work.sequence.closing]
+        closed = [work.sequence for work in works if work.finishes and work.sequence.closing]
         return StepResult(choosing, logits, scores, closed)
 
     @torch.inference_mode()
     def tapped_score(self, lane: Lane, sequence: Sequence) -> float:
         """P(harmless) from the states of a tapped sequence's own tokens that were pooled so far; NaN for none."""
         assert sequence.tap is not None and sequence.tap.head is not None and sequence.pool_from is not None
-        count = sequence.num_computed + sequence.closing - sequence.pool_from
+        count = (sequence.num_tokens if sequence.closing else sequence.num_computed) - sequence.pool_from
         if sequence.pool_slot is None or count < 1:
             return nan
         pooled = self._sums[id(lane)][sequence.pool_slot] / count

@@ -154,7 +154,7 @@ class Scheduler:
         needs its last token: some kept tokens are computed once more.
         """
         sequence.cut(keep)
-        if keep >= sequence.num_computed:
+        if keep > sequence.num_computed:
             return
         pages, size = sequence.table.pages, sequence.table.layout.tokens_per_page
         pooled = sequence.pool_from
@@ -183,7 +183,7 @@ class Scheduler:
     # Below: what may run where it costs nothing.
 
     def _add_drafts(self, lane: Lane, works: list[Work]) -> list[Work]:
-        spare = lane.free_rows - sum(work.length for work in works)
+        spare = min(lane.free_rows, lane.budget) - sum(work.length for work in works)
         out = []
         for work in works:
             drafts = work.sequence.drafts[: max(0, spare)]
@@ -216,7 +216,8 @@ class Scheduler:
         return self.lane(sequence.model.backbone)
 
     def _advance(self, sequence: Sequence, computed: int) -> None:
-        if sequence.closing:  # its last token went through some layers only
+        sequence.record.computed_tokens += computed - sequence.num_computed
+        if sequence.closes:  # its last token went through some layers only
             return
         size = sequence.table.layout.tokens_per_page
         first = sequence.num_computed // size

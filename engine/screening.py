@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 from math import nan
 from time import perf_counter
 
-from .errors import PassTimeout, TooLong
+from .errors import BadInput, PassTimeout, TooLong
 from .growing import GrowingPrompt
 from .models.model import Model
 from .passes import Screen, Screened
@@ -49,6 +49,7 @@ class Screening:
         self._score = nan
         self._final = False  # whether `_score` is of the whole text
         self._fed = 0  # characters handed to the sequence, and covered by it once it is computed
+        self._judged = -1  # characters of the last judged beginning
         self._low = 0  # beginnings in a row that scored below `stop_below`
 
     @property
@@ -88,6 +89,9 @@ class Screening:
         self.waiting = 0
         if len(growing.ids) > self.model.context:
             raise TooLong(f"the text has {len(growing.ids):,} tokens; {self.model.name} takes {self.model.context:,}")
+        vocabulary = self.model.backbone.decoder.config.vocab_size
+        if max(growing.ids[keep if self.sequence else 0 :], default=0) >= vocabulary:
+            raise BadInput(f"the text has tokens that {self.model.name} has no weights for: it has {vocabulary:,}")
         if self.sequence is None:
             if not growing.covers and not self.closed:
                 return
@@ -121,7 +125,9 @@ class Screening:
         else:
             self.harmful = True
         low = self.screen.stop_below
-        self._low = self._low + 1 if low is not None and not score >= low else 0
+        if covers != self._judged:  # after a preemption the same beginning is judged again
+            self._low = self._low + 1 if low is not None and not score >= low else 0
+        self._judged = covers
 
     def fail(self, error: Exception) -> None:
         """No score will come: whatever the reason, the text counts as harmful."""

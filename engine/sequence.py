@@ -130,9 +130,14 @@ class Sequence:
         return self.sampling is not None and self.num_tokens > self.prompt_tokens and self.remaining == 1
 
     @property
+    def closes(self) -> bool:
+        """Whether its next token is the last, computed for the tap alone; preempted, it has others before that."""
+        return self.closing and self.remaining == 1
+
+    @property
     def depth(self) -> int:
         """How many layers its next tokens go through."""
-        return self.tap.depth if self.closing and self.tap is not None else self.model.depth
+        return self.tap.depth if self.tap is not None and self.closes else self.model.depth
 
     @property
     def wants_logits(self) -> bool:
@@ -142,6 +147,12 @@ class Sequence:
     def reusable(self) -> int:
         """How many tokens may come from the prefix index: never the last, never one that is pooled."""
         return self.num_tokens - 1 if self.pool_from is None else min(self.num_tokens - 1, self.pool_from)
+
+    @property
+    def plain_content(self) -> list[int]:
+        """What its tokens stand for without its adapter."""
+        # a second time under the same adapter gives the number back
+        return [self.content_of(item, at) for at, item in enumerate(self.content)]
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
