@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.chat import Chat
-    from .engine.engine import Engine, Request
+    from .engine.engine import Engine
     from .engine.errors import StockadeError
     from .engine.guards import Cascade, Detoxify, EyesClosed, Guard, HarmHead, Probe, Refuse, SelfJudge
     from .engine.images import ImageLimits
-    from .engine.request import FinishReason, Outcome, PassRecord, Reply, Verdict
+    from .engine.models.loader import Attached
+    from .engine.request import FinishReason, Outcome, PassRecord, Replaced, Reply, Verdict
+    from .engine.running import Request
     from .engine.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attached",
     "Cascade",
     "Chat",
     "Detoxify",
@@ -31,6 +34,7 @@ __all__ = [
     "PassRecord",
     "Probe",
     "Refuse",
+    "Replaced",
     "Reply",
     "Request",
     "SamplingParams",
@@ -40,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Attached": "models.loader",
     "Cascade": "guards",
     "Chat": "chat",
     "Detoxify": "guards",
@@ -53,8 +58,9 @@ _HOMES = {
     "PassRecord": "request",
     "Probe": "guards",
     "Refuse": "guards",
+    "Replaced": "request",
     "Reply": "request",
-    "Request": "engine",
+    "Request": "running",
     "SamplingParams": "sampling",
     "SelfJudge": "guards",
     "StockadeError": "errors",

@@ -18,6 +18,7 @@ from .engine.errors import BadInput, InvalidGuard, StockadeError
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.guards import Guard
+    from .engine.models.loader import Source
     from .engine.passes import ReleaseMode
 
 GUARDS = ("off", "protector", "ecso")
@@ -29,9 +30,12 @@ ModelOption = Annotated[
 ]
 DetectorOption = Annotated[
     str | None,
-    typer.Option("--detector", help="Like --model, or a head file; an adapter with its base as ADAPTER,BASE."),
+    typer.Option(
+        "--detector",
+        help="Like --model, or a head file; ADAPTER,BASE merges an adapter, attach:ADAPTER uses the model's weights.",
+    ),
 ]
-DetoxifierOption = Annotated[str | None, typer.Option("--detoxifier", help="Like --model; ADAPTER,BASE too.")]
+DetoxifierOption = Annotated[str | None, typer.Option("--detoxifier", help="Like --model; ADAPTER,BASE and attach:ADAPTER too.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
 GuardOption = Annotated[str, typer.Option("--guard", help="off, protector or ecso.")]
@@ -335,6 +339,9 @@ def probe(
     data: Annotated[Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the data sets.")],
     out: Annotated[Path, typer.Option("--out", help="The head's file, *.safetensors; its card comes beside it.")],
     model: ModelOption = "smol",
+    template: Annotated[
+        str, typer.Option("--template", help="response: a detector; context: a probe of the model's answers.")
+    ] = "response",
     layer: Annotated[
         list[int] | None, typer.Option("--layer", min=1, help="A layer to try; may be given again.")
     ] = None,
@@ -356,7 +363,9 @@ def probe(
                 tasks[what] = progress.add_task(what, total=of)
             progress.update(tasks[what], completed=done, total=of)
 
-        card = fit_probe(data, out, model=model, layers=layer, seed=seed, limit=limit, progress=told)
+        card = fit_probe(
+            data, out, model=model, template=template, layers=layer, seed=seed, limit=limit, progress=told
+        )
     console.print(Markdown(card.to_markdown()))
     console.print(f"Written: {out}")
 
@@ -389,8 +398,12 @@ def _engine(
         )
 
 
-def _source(text: str) -> str | tuple[str, str]:
-    """ADAPTER,BASE as a pair."""
+def _source(text: str) -> Source:
+    """ADAPTER,BASE as a pair; attach:ADAPTER on the model's own weights."""
+    from .engine.models.loader import Attached
+
+    if text.startswith("attach:") and not Path(text).exists():
+        return Attached(text.removeprefix("attach:"))
     adapter, comma, base = text.partition(",")
     return (adapter, base) if comma and not Path(text).exists() else text
 
