@@ -35,7 +35,9 @@ DetectorOption = Annotated[
         help="Like --model, or a head file; ADAPTER,BASE merges an adapter, attach:ADAPTER uses the model's weights.",
     ),
 ]
-DetoxifierOption = Annotated[str | None, typer.Option("--detoxifier", help="Like --model; ADAPTER,BASE and attach:ADAPTER too.")]
+DetoxifierOption = Annotated[
+    str | None, typer.Option("--detoxifier", help="Like --model; ADAPTER,BASE and attach:ADAPTER too.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
 GuardOption = Annotated[str, typer.Option("--guard", help="off, protector or ecso.")]
@@ -49,7 +51,7 @@ ReleaseOption = Annotated[
     str,
     typer.Option(
         "--release",
-        help="What is shown when: verdict (all, once it is cleared), window (what the detector has read and cleared), "
+        help="What is shown when: verdict (all, once it is cleared), window (what the detector has cleared so far), "
         "audit (all at once; verdicts are noted).",
     ),
 ]
