@@ -38,26 +38,47 @@ Told = Callable[[str, int, int], None]
 
 @app.command()
 def overhead(
-    model: ModelOption = "smol",
+    model: Annotated[
+        str,
+        typer.Option(help="smol-llava (SmolLM2 with eyes), a bundle, a checkpoint folder or a named shape."),
+    ] = "smol-llava",
     detector: DetectorOption = None,
     detoxifier: DetoxifierOption = None,
     dtype: DtypeOption = None,
-    repeats: RepeatsOption = 5,
+    variant: Annotated[list[str] | None, typer.Option(help="A guard; repeatable. (default: five of them)")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each guard on the harmless path.")] = 11,
+    harmful_repeats: Annotated[int, typer.Option(min=1, help="The same on the harmful path.")] = 5,
+    published_repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each published pipeline.")] = 3,
     prompt_tokens: PromptOption = 64,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, a rewrite and a caption.")] = 64,
-    concurrent: Annotated[int, typer.Option(min=1, help="Requests at once, for the throughput.")] = 16,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer and of a rewrite.")] = 128,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption.")] = 64,
+    concurrent: Annotated[int, typer.Option(min=1, help="Requests at once, for the throughput.")] = 8,
+    saturation_pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs for the throughput.")] = 20,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
 ) -> None:
     """What a guard costs: unguarded, this engine's guards, and the published pipelines on `transformers`."""
-    from .overhead import OverheadConfig, run_overhead
+    from .overhead import run_overhead
+    from .overhead_report import OverheadConfig
     from .published import Lengths
 
     if quick:
-        repeats, answer_tokens, concurrent = 1, min(answer_tokens, 8), min(concurrent, 4)
-    lengths = Lengths(answer=answer_tokens, judge=2, caption=answer_tokens, mended=answer_tokens)
-    config = OverheadConfig(repeats, prompt_tokens, lengths, concurrent, min(repeats, 3), seed)
+        repeats, saturation_pairs, concurrent = 1, 1, min(concurrent, 4)
+        answer_tokens, caption_tokens = min(answer_tokens, 8), min(caption_tokens, 8)
+    config = OverheadConfig(
+        variants=tuple(dict.fromkeys(variant or OverheadConfig.variants)),
+        repeats=repeats,
+        harmful_repeats=min(harmful_repeats, repeats),
+        published_repeats=min(published_repeats, repeats),
+        prompt_tokens=prompt_tokens,
+        lengths=Lengths(answer=answer_tokens, judge=2, caption=caption_tokens, mended=answer_tokens),
+        concurrent=concurrent,
+        saturation_pairs=saturation_pairs,
+        saturation_tokens=min(answer_tokens, OverheadConfig.saturation_tokens),
+        rewrites=1 if quick else OverheadConfig.rewrites,
+        seed=seed,
+    )
     _measure(
         lambda weights, told: run_overhead(weights, config, _dtype(dtype), told), model, detector, detoxifier, json
     )

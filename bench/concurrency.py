@@ -15,16 +15,16 @@ from ..engine.engine import Engine
 from ..engine.errors import BadInput
 from ..engine.guards import Guard
 from ..engine.sampling import SamplingParams
-from .overhead import PATHS, Asked, check_path, forced_guards, wanted_outcome
 from .published import Lengths
 from .report import Spread
-from .workload import Sources, picture, question
+from .variants import PATHS, check_path, forced_guards, wanted_outcome
+from .workload import Asked, Sources, picture, question
 
 
 @dataclass(frozen=True)
 class ConcurrencyConfig:
     """requests: how many at once, and how many after another. guards: names of
-    `overhead.forced_guards`. lengths: new tokens of each pass."""
+    `variants.forced_guards`. lengths: new tokens of each pass."""
 
     requests: int = 32
     guards: tuple[str, ...] = ("off", "protector", "ecso")

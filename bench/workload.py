@@ -8,26 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
-)
 
 from ..engine.engine import Engine
 from ..engine.errors import BadInput
 from ..engine.models.bundles import smol_folder
 from ..engine.models.loader import BUNDLES, SMOL_DETECTOR
-from ..engine.models.shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config
+from ..engine.models.shapes import NAMED_SHAPES
+from .checkpoints import SMOL_LLAVA, save_classifier, save_shape, save_smol_llava
 from .published import Classifier, Probe, Scores, Speaker
 
-# The detector and the detoxifier that go with a named shape of an MLLM.
+# A sequence classifier on SmolLM2's own weights: as large and as deep as the model it judges.
+SMOL_CLASSIFIER = "smol-classifier"
+# The detector and the detoxifier that go with a model.
 COMPANIONS = {
+    SMOL_LLAVA: (SMOL_CLASSIFIER, "smol"),
     "tiny-llava": ("tiny-llama", "tiny-llama"),
     "tiny-llama": ("tiny-llama", "tiny-llama"),
     "llava-1.5-7b": ("open-llama-3b", "vicuna-7b"),
@@ -43,13 +42,15 @@ WORDS = (
 @dataclass(frozen=True)
 class Sources:
     """Where weights are. name: what was asked for. model: what the engine is given (a bundle brings its own chat
-    template); the others are folders that both sides read, `detector` perhaps a head file on the model's weights."""
+    template); the others are folders that both sides read, `detector` perhaps a head file on the model's weights.
+    work: a folder for whatever else a measurement writes; it is deleted in the end."""
 
     name: str
     model: str | Path
     folder: Path
     detector: Path
     detoxifier: Path
+    work: Path
 
     def engine(self, dtype: torch.dtype | None, device: str | None = None) -> Engine:
         return Engine(self.model, self.detector, self.detoxifier, dtype=dtype, device=device)
@@ -68,21 +69,31 @@ class Sources:
         return mllm, Speaker(self.detoxifier, dtype, device, ignore_eos=True)
 
 
+class Asked(NamedTuple):
+    """A question, and the picture it is about where the model has eyes."""
+
+    text: str
+    images: list[Image.Image]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        shown: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self.images]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": self.text}]}]
+
+
 @contextmanager
 def sources(model: str, detector: str | None = None, detoxifier: str | None = None) -> Iterator[Sources]:
-    """Checkpoints on disk for a bundle, folders, or a named shape (random weights, deleted at the end).
+    """Checkpoints on disk for a bundle, SmolLM2 with eyes, folders, or a named shape (random weights). What is
+    written for it is deleted at the end.
 
     Raises `BadInput` when there is no detector or detoxifier to go with a model.
     """
-    with TemporaryDirectory(prefix="stockade-bench-") as work:
+    with TemporaryDirectory(prefix="stockade-bench-") as name:
+        work = Path(name)
         if model in BUNDLES:
-            yield Sources(
-                model,
-                model,
-                smol_folder(),
-                _checkpoint(detector, Path(work), True) if detector else SMOL_DETECTOR,
-                _checkpoint(detoxifier, Path(work)) if detoxifier else smol_folder(),
-            )
+            judge = _checkpoint(detector, work, True) if detector else SMOL_DETECTOR
+            mender = _checkpoint(detoxifier, work) if detoxifier else smol_folder()
+            yield Sources(model, model, smol_folder(), judge, mender, work)
             return
         known = COMPANIONS.get(model, (None, None))
         detector, detoxifier = detector or known[0], detoxifier or known[1]
@@ -91,10 +102,9 @@ def sources(model: str, detector: str | None = None, detoxifier: str | None = No
                 f"{model} needs a detector and a detoxifier; give --detector and --detoxifier, or one of "
                 f"{', '.join((*BUNDLES, *COMPANIONS))} as model"
             )
-        folder = _checkpoint(model, Path(work))
-        yield Sources(
-            model, folder, folder, _checkpoint(detector, Path(work), True), _checkpoint(detoxifier, Path(work))
-        )
+        folder = _checkpoint(model, work)
+        judge, mender = _checkpoint(detector, work, True), _checkpoint(detoxifier, work)
+        yield Sources(model, folder, folder, judge, mender, work)
 
 
 def question(tokenizer: Any, tokens: int, random: Random) -> str:
@@ -111,27 +121,16 @@ def picture(random: Random, side: int = 224) -> Image.Image:
 
 
 def _checkpoint(source: str, work: Path, classifier: bool = False) -> Path:
-    """The folder of a checkpoint; a named shape is written into `work` with random weights."""
+    """The folder of a checkpoint; what has to be made is written into `work`, once."""
     if source in BUNDLES:
         return SMOL_DETECTOR if classifier else smol_folder()
-    if source not in NAMED_SHAPES:
+    made = work / f"{source}-{'classifier' if classifier else 'lm'}"
+    if source not in (SMOL_LLAVA, SMOL_CLASSIFIER, *NAMED_SHAPES):
         return Path(source)
-    folder = work / f"{source}-{'classifier' if classifier else 'lm'}"
-    if folder.is_dir():
-        return folder
-    config = named_config(source)
-    assert config is not None
-    image_token, vocab = None, config.get_text_config().vocab_size
-    build: Any = AutoModelForCausalLM.from_config
-    if classifier:
-        config.num_labels, config.pad_token_id = 1, 2
-        build = AutoModelForSequenceClassification.from_config
-    elif config.model_type == "llava":
-        image_token = config.image_token_id
-        build = AutoModelForImageTextToText.from_config
-        image_processor_for(config.vision_config.image_size).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        build(config, dtype=torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer(vocab, image_token).save_pretrained(folder)
-    return folder
+    if made.is_dir():
+        return made
+    if source == SMOL_LLAVA:
+        return save_smol_llava(smol_folder(), made)
+    if source == SMOL_CLASSIFIER:
+        return save_classifier(smol_folder(), made)
+    return save_shape(source, made, classifier)

@@ -14,11 +14,24 @@ from typer.testing import CliRunner
 
 from stockade.bench.commands import app
 from stockade.bench.decode import weight_bytes
+from stockade.bench.estimates import Estimate
 from stockade.bench.machine import this_machine
-from stockade.bench.overhead import Run, Variant, check_path, figures, forced_guards, wanted_outcome
+from stockade.bench.overhead_report import Goal, figures
 from stockade.bench.published import Lengths
 from stockade.bench.report import Spread, WrongPath
-from stockade.bench.workload import picture, question, sources
+from stockade.bench.variants import (
+    DEFAULT,
+    TRANSFORMERS,
+    Run,
+    Variant,
+    check_path,
+    counterpart,
+    engine_variants,
+    forced_guards,
+    published_variants,
+    wanted_outcome,
+)
+from stockade.bench.workload import Asked, picture, question, sources
 from stockade.engine.errors import BadInput
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.request import Outcome
@@ -28,6 +41,7 @@ LENGTHS = Lengths(answer=5, judge=2, caption=4, mended=3)
 GUARDED = (
     "protector",
     "ecso",
+    "ecso-continued",
     "protector-rechecked",
     "ecso-rechecked",
     "protector-as-published",
@@ -43,55 +57,90 @@ def bench(*arguments: str) -> Any:
 
 def test_overhead_reports_every_variant_on_both_paths(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    report = bench("overhead", "--model", "tiny-llava", "--answer-tokens", "3", "--json", str(file))
+    report = bench("overhead", "--model", "tiny-llava", "--answer-tokens", "4", "--json", str(file))
     assert json.loads(file.read_text(encoding="utf-8")) == report
     variants = report["variants"]
-    assert set(variants) == {
-        *("off", "off-as-published", "transformers-off", "published-protector", "published-ecso"),
-        *GUARDED,
-    }
-    passes = {
-        name: [len(paths[path]["passes"]) for path in ("harmless", "harmful")] for name, paths in variants.items()
-    }
-    for name in variants:
-        rechecked = name.endswith("rechecked")
-        want = [1, 1] if "off" in name else [2, 3 + rechecked] if "protector" in name else [2, 4 + rechecked]
-        assert passes[name] == want, name
-        for figure in variants[name].values():
-            assert figure["total_ms"]["n"] == 1 and figure["total_ms"]["median"] > 0
+    assert set(variants) == {*DEFAULT, "off", "detector-alone", TRANSFORMERS, "published-protector", "published-ecso"}
+    for name in DEFAULT:
+        harmless, harmful = variants[name]["harmless"], variants[name]["harmful"]
+        theirs = variants[counterpart(name)]
+        for key in ("added_ms", "added_percent", "exposed_percent", "published_added_ms", "published_added_percent"):
+            assert isinstance(harmless[key], float), (name, key)
+        assert harmless["published_added_ms"] == theirs["harmless"]["added_ms"]
+        assert harmful["published_total_ms"] == theirs["harmful"]["total_ms"]
+        ratio = theirs["harmful"]["total_ms"] / harmful["total_ms"]
+        assert harmful["speedup_over_published"] == pytest.approx(ratio, rel=1e-2)
+        assert harmless["lost_throughput_percent"]["n"] == 1
+    passes = {name: (variants[name]["harmless"]["passes"], variants[name]["harmful"]["passes"]) for name in DEFAULT}
+    assert passes["probe"] == (["answer"], ["answer", "rewrite"])
+    assert passes["protector-adapter"] == (["answer", "score"], ["answer", "score", "rewrite"])
+    assert passes["protector-separate"][0] == ["answer", "screen"]
+    assert passes["ecso-continued"] == (["answer", "judge"], ["answer", "judge", "caption", "eyes_closed"])
+    assert report["rewrites"]["kept_percent"] >= 60.0
+    assert {target["met"] for target in report["targets"]} <= {True, False}
     assert report["machine"]["torch"] == torch.__version__
-    for system in ("protector", "ecso"):
-        ours, theirs = variants[f"{system}-as-published"], variants[f"published-{system}"]
-        for path in ("harmless", "harmful"):
-            assert ours[path]["new_tokens"] == theirs[path]["new_tokens"]
-            assert ours[path]["passes"] == theirs[path]["passes"]
-            assert variants[system][path]["lost_throughput_percent"] is not None
+
+
+def test_a_guard_without_a_name_is_refused() -> None:
+    with pytest.raises(BadInput, match="no guard 'nothing'"):
+        bench("overhead", "--model", "tiny-llama", "--variant", "nothing")
+
+
+def test_the_engine_does_the_published_passes() -> None:
+    """`-as-published` guards cost what they cost because of the engine, not because they do less."""
+    with sources("tiny-llava") as weights:
+        engine = weights.engine(torch.float32)
+        mllm, detoxifier = weights.speakers(torch.float32, engine.device)
+        scores = weights.scores(torch.float32, engine.device)
+        ours = engine_variants(engine, LENGTHS, ("protector-as-published", "ecso-as-published"))
+        theirs = published_variants(mllm, scores, detoxifier, LENGTHS)
+        asked = Asked("A question.", [picture(Random(1))])
+        for variant in ours:
+            if variant.name.startswith("off"):
+                continue
+            other = next(v for v in theirs if (v.name, v.path) == (counterpart(variant.name), variant.path))
+            mine, published = variant.one(asked), other.one(asked)
+            assert mine.passes == published.passes
+            assert mine.new_tokens == published.new_tokens
 
 
 def test_added_latency_is_a_difference_of_pairs() -> None:
-    def runs(*seconds: float) -> list[Run]:
-        return [Run(second, ("answer",), 1, 1) for second in seconds]
-
     def variant(name: str, baseline: str, path: str = "harmless") -> Variant:
-        return Variant(name, baseline, path, lambda asked: runs(0.0)[0])
+        return Variant(name, baseline, path, lambda asked: Run(0.0, (), 0, 0))
 
-    variants = [variant("off", "off"), variant("slow-off", "slow-off"), variant("guard", "slow-off")]
-    variants.append(variant("guard", "slow-off", "harmful"))
+    def runs(**seconds: float) -> dict[int, Run]:
+        return {int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, value / 10) for repeat, value in seconds.items()}
+
+    variants = [variant("off", "off"), variant("guard", "off"), variant("guard", "off", "harmful")]
     measured = {
-        ("off", "harmless"): runs(1.0, 1.0, 1.0),
-        ("slow-off", "harmless"): runs(2.0, 4.0, 9.0),
-        ("guard", "harmless"): runs(2.0, 4.0, 9.0),
-        ("guard", "harmful"): runs(3.0, 5.0, 10.0),
+        ("off", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
+        ("guard", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
+        ("guard", "harmful"): runs(r1=5.0, r2=10.0),  # the rarer path ran in some repeats only
     }
-    made = figures(
-        variants, measured, {("off", "harmless"): [8.0], ("slow-off", "harmless"): [4.0], ("guard", "harmful"): [3.0]}
-    )
-    figure = made["guard"]["harmful"]
-    assert figure.added == Spread(3, 1.0, 1.0, 1.0)  # whatever the questions cost
-    assert figure.added_percent == pytest.approx(25.0)
-    assert figure.added_percent_of_engine == pytest.approx(100.0)
-    assert figure.lost_throughput == pytest.approx(0.25)
-    assert made["off"]["harmful"] == made["off"]["harmless"]
+    made = figures(variants, measured, {"guard": Estimate.of([0.25])})
+    harmful = made["guard"]["harmful"]
+    assert harmful.added == Estimate(2, 1.0, 1.0, 1.0)  # whatever the questions cost
+    assert harmful.added_percent.median == pytest.approx(25.0)
+    assert harmful.exposed_percent == pytest.approx(12.5)
+    assert harmful.step_added.median == pytest.approx(0.1)
+    assert harmful.lost is None and made["guard"]["harmless"].lost == Estimate.of([0.25])
+    assert made["guard"]["harmless"].added.median == 0.0
+
+
+def test_an_estimate_has_the_median_and_its_interval() -> None:
+    values = [float(value) for value in range(1, 40)]
+    estimate = Estimate.of(values)
+    assert (estimate.n, estimate.median) == (39, 20.0)
+    assert 10.0 < estimate.low < 20.0 < estimate.high < 30.0
+    assert Estimate.of(values) == estimate  # the same values, the same interval
+    assert estimate.scaled(-1.0).low == -estimate.high
+    with pytest.raises(ValueError, match="no values"):
+        Estimate.of([])
+
+
+def test_a_goal_is_met_at_its_bound() -> None:
+    assert Goal("", True, 2.0, "%", 2.0).met and not Goal("", True, 2.0, "%", 2.1).met
+    assert Goal("", False, 3.0, "x", Estimate(1, 3.0, 2.0, 4.0)).met and not Goal("", False, 3.0, "x", 2.9).met
 
 
 @pytest.mark.parametrize("path", ["harmless", "harmful"])

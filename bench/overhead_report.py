@@ -1,0 +1,270 @@
+"""`stockade bench overhead` as tables and as JSON: what each guard adds, and which targets that meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from .estimates import Estimate
+from .published import Lengths
+from .report import Spread
+from .rewrites import RewriteReport
+from .variants import DEFAULT, DETECTOR_ALONE, PATHS, Run, Variant, counterpart
+
+Key = tuple[str, str]
+"""A variant's name and path."""
+
+
+@dataclass(frozen=True)
+class OverheadConfig:
+    """variants: guards to measure. repeats, harmful_repeats, published_repeats: measured runs of each guard on the
+    harmless and on the harmful path, and of each published pipeline; all that run in one repeat answer the same
+    question of `prompt_tokens` tokens, in random order. lengths: new tokens of each pass. saturation_pairs: how often
+    `concurrent` questions are answered at once, in `saturation_tokens` tokens each, without a guard and with it.
+    rewrites: forced texts."""
+
+    variants: tuple[str, ...] = DEFAULT
+    repeats: int = 11
+    harmful_repeats: int = 5
+    published_repeats: int = 3
+    prompt_tokens: int = 64
+    lengths: Lengths = field(default_factory=lambda: Lengths(128, 2, 64, 128))
+    concurrent: int = 8
+    saturation_pairs: int = 20
+    saturation_tokens: int = 64
+    rewrites: int = 10
+    seed: int = 0
+
+
+class Figure(NamedTuple):
+    """One variant on one path, in seconds. added: over the same question's unguarded run. exposed: from the answer's
+    last token to the reply. step, step_added: of a decode step of the answer. lost: share of the throughput of many
+    requests at once; None where that was not measured."""
+
+    total: Spread
+    added: Estimate
+    baseline: float
+    exposed: Spread
+    step: Spread
+    step_added: Estimate
+    passes: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    lost: Estimate | None
+
+    @property
+    def added_percent(self) -> Estimate:
+        return self.added.scaled(100.0 / self.baseline)
+
+    @property
+    def exposed_percent(self) -> float:
+        return 100.0 * self.exposed.median / self.baseline
+
+
+class Goal(NamedTuple):
+    """A target: `measured` may be at most, or has to be at least, `target`."""
+
+    what: str
+    at_most: bool
+    target: float
+    unit: str
+    measured: Estimate | float
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        value = self.measured.median if isinstance(self.measured, Estimate) else self.measured
+        return value <= self.target if self.at_most else value >= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        exact = isinstance(self.measured, Estimate)
+        measured = self.measured.to_dict() if isinstance(self.measured, Estimate) else round(self.measured, 4)
+        value = measured["median"] if exact and isinstance(measured, dict) else measured
+        bound = "at_most" if self.at_most else "at_least"
+        return {"what": self.what, bound: self.target, "unit": self.unit, "measured": value, "met": self.met} | (
+            {"interval": measured} if exact else {}
+        )
+
+
+def figures(
+    variants: Sequence[Variant], runs: Mapping[Key, Mapping[int, Run]], lost: Mapping[str, Estimate]
+) -> dict[str, dict[str, Figure]]:
+    """Sum up, by variant, then by path. Runs of the same repeat asked the same question, so added latency is a
+    difference of pairs."""
+    out: dict[str, dict[str, Figure]] = {}
+    for variant in variants:
+        mine, base = runs[variant.name, variant.path], runs[variant.baseline, PATHS[0]]
+        last = list(mine.values())[-1]
+        out.setdefault(variant.name, {})[variant.path] = Figure(
+            total=Spread.of(run.seconds for run in mine.values()),
+            added=Estimate.of(run.seconds - base[repeat].seconds for repeat, run in mine.items()),
+            baseline=Spread.of(run.seconds for run in base.values()).median,
+            exposed=Spread.of(run.exposed for run in mine.values()),
+            step=Spread.of(run.step for run in mine.values()),
+            step_added=Estimate.of(run.step - base[repeat].step for repeat, run in mine.items()),
+            passes=last.passes,
+            prompt_tokens=last.prompt_tokens,
+            new_tokens=last.new_tokens,
+            lost=lost.get(variant.name) if variant.path == PATHS[0] else None,
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class OverheadReport:
+    """figures: by variant, then by path. exposed_tokens: of the separate detector, after the answer's last token.
+    chunk: tokens that it reads at a time."""
+
+    config: OverheadConfig
+    model: str
+    dtype: str
+    figures: dict[str, dict[str, Figure]]
+    rewrites: RewriteReport
+    exposed_tokens: int | None
+    chunk: int
+
+    def goals(self) -> list[Goal]:
+        """The project's targets, as far as what they are about was measured."""
+        return list(self._goals())
+
+    def _goals(self) -> Iterator[Goal]:
+        known = self.figures
+        at_most = {
+            "protector-separate": 6.0,
+            "protector-adapter": 2.5,
+            "probe": 1.0,
+            "ecso": 5.0,
+            "ecso-continued": 5.0,
+        }
+        for name, target in at_most.items():
+            if name in known:
+                yield Goal(f"{name}: added, harmless", True, target, "%", known[name]["harmless"].added_percent)
+        if "protector-separate" in known:
+            figure, alone = known["protector-separate"]["harmless"], known[DETECTOR_ALONE]["harmless"].total.median
+            what = "protector-separate:"
+            yield Goal(f"{what} added / prefill of the answer", True, 1.25, "x", figure.added.scaled(1.0 / alone))
+            yield Goal(f"{what} exposed", True, 1.5, "%", figure.exposed_percent)
+            if self.exposed_tokens is not None:
+                yield Goal(f"{what} exposed, chunk", True, self.chunk, "tokens", self.exposed_tokens)
+        if "probe" in known:
+            figure = known["probe"]["harmless"]
+            yield Goal("probe: added to a decode step", True, 150.0, "us", figure.step_added.scaled(1e6))
+            yield Goal("probe: closing row", True, 1.0, "%", figure.exposed_percent)
+        for name in ("ecso", "ecso-continued"):
+            if name in known:
+                theirs = known["published-ecso"]["harmless"].added.median
+                ratio = theirs / max(known[name]["harmless"].added.median, 1e-9)
+                yield Goal(f"{name}: times less added than published", False, 5.0, "x", ratio)
+        for name in self.config.variants:
+            if counterpart(name) is not None:
+                yield Goal(f"{name}: harmful, times faster than published", False, 3.0, "x", self._speedup(name))
+        for name, target in (("protector-adapter", 4.0), ("probe", 1.0)):
+            if name in known and (lost := known[name]["harmless"].lost) is not None:
+                yield Goal(f"{name}: lost throughput", True, target, "%", lost.scaled(100.0))
+        yield Goal("rewrite with drafts: times fewer steps", False, 1.8, "x", self.rewrites.ratio)
+
+    def _speedup(self, name: str) -> float:
+        other = counterpart(name)
+        assert other is not None
+        return self.figures[other]["harmful"].total.median / self.figures[name]["harmful"].total.median
+
+    def _variant(self, name: str) -> dict[str, Any]:
+        out = {path: _plain(figure) for path, figure in self.figures[name].items()}
+        other = counterpart(name)
+        if other is None:
+            return out
+        theirs = self.figures[other]
+        out["harmless"] |= {
+            "published_added_ms": _round(1e3 * theirs["harmless"].added.median),
+            "published_added_percent": _round(theirs["harmless"].added_percent.median),
+        }
+        out["harmful"] |= {
+            "published_total_ms": _round(1e3 * theirs["harmful"].total.median),
+            "speedup_over_published": _round(self._speedup(name)),
+        }
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "benchmark": "overhead",
+            "model": self.model,
+            "dtype": self.dtype,
+            "config": asdict(self.config),
+            "variants": {name: self._variant(name) for name in self.figures},
+            "rewrites": self.rewrites.to_dict(),
+            "chunk_tokens": self.chunk,
+            "exposed_tokens": self.exposed_tokens,
+            "targets": [goal.to_dict() for goal in self.goals()],
+        }
+
+    def table(self) -> RenderableType:
+        return Group(self._latencies(), self._targets())
+
+    def _latencies(self) -> Table:
+        config = self.config
+        table = Table(title=f"{self.model} {self.dtype}: {config.lengths.answer} tokens an answer, medians")
+        for heading in ("variant", "path", "passes"):
+            table.add_column(heading)
+        for heading in ("n", "tokens in, out", "ms", "added ms", "%", "exposed ms", "step ms", "lost %"):
+            table.add_column(heading, justify="right")
+        for name, paths in self.figures.items():
+            for path, figure in paths.items():
+                table.add_row(
+                    name,
+                    path,
+                    " ".join(figure.passes),
+                    str(figure.total.n),
+                    f"{figure.prompt_tokens}, {figure.new_tokens}",
+                    f"{1e3 * figure.total.median:,.0f}",
+                    f"{1e3 * figure.added.median:,.1f}",
+                    f"{figure.added_percent.median:.1f}",
+                    f"{1e3 * figure.exposed.median:.1f}",
+                    f"{1e3 * figure.step.median:.2f}",
+                    "" if figure.lost is None else f"{100.0 * figure.lost.median:.1f}",
+                )
+            table.add_section()
+        return table
+
+    def _targets(self) -> Table:
+        table = Table(title="targets")
+        table.add_column("what")
+        for heading in ("target", "measured (95 % interval)", "met"):
+            table.add_column(heading, justify="right")
+        for goal in self.goals():
+            sign = "≤" if goal.at_most else "≥"
+            measured = str(goal.measured) if isinstance(goal.measured, Estimate) else f"{goal.measured:,.2f}"
+            met = "yes" if goal.met else "no"
+            table.add_row(goal.what, f"{sign} {goal.target:g} {goal.unit}", measured, met)
+        return table
+
+
+def _plain(figure: Figure) -> dict[str, Any]:
+    added, percent = figure.added.scaled(1e3), figure.added_percent
+    step, lost = figure.step_added.scaled(1e6), figure.lost
+    return {
+        "n": figure.total.n,
+        "total_ms": _round(1e3 * figure.total.median),
+        "total_ms_spread": figure.total.scaled(1e3).to_dict(),
+        "baseline_ms": _round(1e3 * figure.baseline),
+        "added_ms": _round(added.median),
+        "added_ms_interval": [_round(added.low), _round(added.high)],
+        "added_percent": _round(percent.median),
+        "added_percent_interval": [_round(percent.low), _round(percent.high)],
+        "exposed_ms": _round(1e3 * figure.exposed.median),
+        "exposed_percent": _round(figure.exposed_percent),
+        "step_ms": _round(1e3 * figure.step.median),
+        "step_added_us": _round(step.median),
+        "step_added_us_interval": [_round(step.low), _round(step.high)],
+        "lost_throughput_percent": None if lost is None else lost.scaled(100.0).to_dict(),
+        "passes": list(figure.passes),
+        "prompt_tokens": figure.prompt_tokens,
+        "new_tokens": figure.new_tokens,
+    }
+
+
+def _round(value: float) -> float:
+    return round(value, 3)

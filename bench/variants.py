@@ -1,0 +1,304 @@
+"""The guards that `bench overhead` compares, each as something that answers a question on a forced path.
+
+A threshold forces the path and all texts have fixed lengths, so that runs compare: time is measured, not safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer
+
+from ..engine.chat import Chat
+from ..engine.engine import Engine, GuardLike
+from ..engine.errors import BadInput
+from ..engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, SelfJudge
+from ..engine.guards.prompts import detector_text
+from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec
+from ..engine.models.loader import Attached, ModelSet, load_models
+from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode, Score
+from ..engine.request import Outcome, Reply
+from ..engine.sampling import SamplingParams
+from .checkpoints import save_adapter
+from .published import Lengths, PublishedEcso, PublishedProtector, Scores, Speaker, conversation
+from .report import WrongPath
+from .workload import Asked, Sources
+
+PATHS = ("harmless", "harmful")
+# A score is between 0 and 1: against these it is always harmless, always harmful.
+THRESHOLDS = {"harmless": 0.0, "harmful": 2.0}
+AS_PUBLISHED = "-as-published"
+# Of the published pipelines, what each guard is compared with.
+COUNTERPARTS = {"protector": "published-protector", "probe": "published-protector", "ecso": "published-ecso"}
+TRANSFORMERS = "transformers-off"
+DETECTOR_ALONE = "detector-alone"
+DEFAULT = ("protector-separate", "protector-adapter", "probe", "ecso", "ecso-continued")
+
+
+class Run(NamedTuple):
+    """One measured run: seconds and the work that was done in them.
+
+    exposed: seconds from the answer's last token to the reply. step: seconds of one decode step of the answer.
+    """
+
+    seconds: float
+    passes: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    exposed: float = 0.0
+    step: float = 0.0
+
+
+class Variant(NamedTuple):
+    """baseline: the unguarded variant it is compared with. many: runs several questions at once, where it can."""
+
+    name: str
+    baseline: str
+    path: str
+    one: Callable[[Asked], Run]
+    many: Callable[[list[Asked]], float] | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether it is a pipeline on `transformers`."""
+        return self.baseline == TRANSFORMERS
+
+
+def counterpart(name: str) -> str | None:
+    """The published pipeline that a guard of this engine is compared with; None for what is no guard."""
+    return COUNTERPARTS.get(name.split("-")[0])
+
+
+def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
+    """This engine's guards on a forced path, every text of its length; None is no guard at all.
+
+    They let the mended answer go as the published scripts do. `-rechecked` are the guards as they ship, which judge
+    it again (here it is refused then, after the same work as for one that passes). `-as-published` run the
+    published scripts' own prompts and passes on this engine.
+    """
+    threshold = THRESHOLDS[path]
+    first = SamplingParams(max_tokens=lengths.answer, ignore_eos=True)
+    later = SamplingParams(max_tokens=lengths.mended, ignore_eos=True)
+    word = SamplingParams(max_tokens=lengths.judge, ignore_eos=True)
+    captions = SamplingParams(max_tokens=lengths.caption, ignore_eos=True)
+    protector = replace(
+        Guard.protector(threshold=threshold, max_rounds=1), remedy=Detoxify(sampling=later), recheck=False
+    )
+    # any mass will do: the verdict is forced, a nonsensical one would cut the path short
+    judge = SelfJudge(threshold=threshold, min_mass=1e-12)
+    eyes_closed = EyesClosed(sampling=later, caption_sampling=captions)
+    ecso = replace(Guard.ecso(), detector=judge, remedy=eyes_closed, recheck=False)
+    scripts = Guard.protector(published=True, threshold=threshold), Guard.ecso(published=True, threshold=threshold)
+    protector_script, ecso_script = (
+        replace(guard, released=replace(guard.released, sampling=first)) for guard in scripts if guard.released
+    )
+    return {
+        "off": None,
+        "protector": protector,
+        "protector-rechecked": replace(protector, recheck=True),
+        "ecso": ecso,
+        "ecso-continued": replace(ecso, detector=replace(judge, mode="continue")),
+        "ecso-rechecked": replace(ecso, recheck=True),
+        "off-as-published": Guard(name="off", released=protector_script.released),
+        "protector-as-published": replace(
+            protector_script, remedy=Detoxify(with_question=False, chat_template=False, sampling=later)
+        ),
+        "ecso-as-published": replace(
+            ecso_script,
+            detector=SelfJudge(mode="published", threshold=threshold, sampling=word),
+            remedy=replace(eyes_closed, published=True),
+        ),
+    }
+
+
+def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
+    """`forced_guards`, and those on the models that only `bench_engine` has."""
+    known = forced_guards(lengths, path)
+    separate = known.pop("protector")
+    assert separate is not None
+    mender = Detoxify("detoxifier-adapter", sampling=SamplingParams(max_tokens=lengths.mended, ignore_eos=True))
+    own = replace(separate, remedy=mender)
+    threshold = THRESHOLDS[path]
+    return {
+        **known,
+        "protector-separate": separate,
+        "protector-adapter": replace(own, detector=HarmHead("detector-adapter", threshold=threshold)),
+        "probe": replace(own, detector=Probe(threshold=threshold)),
+    }
+
+
+def bench_engine(sources: Sources, dtype: torch.dtype | None = None) -> Engine:
+    """An engine with every guard's models side by side, so that all variants share one unguarded reply.
+
+    `detector` and `detoxifier` have weights and lanes of their own; `detector-adapter` (an activated LoRA) and
+    `detoxifier-adapter` (a plain one) are random adapters on the MLLM's weights, and `probe` is a random head on its
+    states a little above the middle.
+    """
+    # ids that any text may have: they are appended, never looked for
+    invocation = AutoTokenizer.from_pretrained(sources.folder).encode("Is this harmful?", add_special_tokens=False)[
+        :4
+    ]
+    detector = save_adapter(sources.folder, sources.work / "detector", task="SEQ_CLS", invocation=invocation)
+    detoxifier = save_adapter(sources.folder, sources.work / "detoxifier", task="CAUSAL_LM", seed=1)
+    here = load_models(sources.model, Attached(detector), Attached(detoxifier), dtype=dtype)
+    others = load_models(sources.detoxifier, sources.detector, dtype=dtype)
+    mllm = here.models["mllm"]
+    config = mllm.backbone.decoder.config
+    layer = min(config.layers // 2 + 1, config.layers)
+    weight = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(here.device)
+    head = Head(HeadSpec(layer, "mean", template=IN_CONTEXT), weight)
+    models = {
+        "mllm": mllm,
+        "detector": others.models["detector"],
+        "detoxifier": replace(others.models["mllm"], name="detoxifier"),
+        "detector-adapter": replace(here.models["detector"], name="detector-adapter"),
+        "detoxifier-adapter": replace(here.models["detoxifier"], name="detoxifier-adapter"),
+        "probe": replace(mllm, name="probe", depth=layer, head=head),
+    }
+    return Engine(models=ModelSet(models, here.device, here.dtype))
+
+
+def check_path(reply: Reply, wanted: Outcome, answer_tokens: int) -> None:
+    """Raises `WrongPath` unless the reply ended as meant, after an answer of the length that was meant."""
+    first = reply.passes[0]
+    if reply.outcome is not wanted or len(first.token_ids) != answer_tokens:
+        raise WrongPath(
+            f"a run ended {reply.outcome} ({reply.error}) after {len(first.token_ids)} tokens; "
+            f"meant was {wanted} after {answer_tokens}"
+        )
+
+
+def wanted_outcome(guard: Guard | None, path: str) -> Outcome:
+    if guard is None or guard.detector is None:
+        return Outcome.UNGUARDED
+    if path == "harmless":
+        return Outcome.CLEAN
+    return Outcome.REFUSED if guard.recheck else Outcome.MENDED
+
+
+def engine_variants(engine: Engine, lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+    """The guards of these names, and the unguarded replies that they are compared with.
+
+    Raises `BadInput` for a name that is none.
+    """
+    known = {path: guards_of_bench(lengths, path) for path in PATHS}
+    guards = [name for name in known[PATHS[0]] if not name.startswith("off")]
+    if unknown := [name for name in names if name not in guards]:
+        raise BadInput(f"no guard {unknown[0]!r} to measure; there are {', '.join(guards)}")
+    offs = dict.fromkeys(("off", *(_baseline(name) for name in names)))
+    return [
+        *(_variant(engine, lengths, name, PATHS[0], known[PATHS[0]][name]) for name in offs),
+        *(_variant(engine, lengths, name, path, known[path][name]) for name in names for path in PATHS),
+    ]
+
+
+def _baseline(name: str) -> str:
+    return "off" + AS_PUBLISHED if name.endswith(AS_PUBLISHED) else "off"
+
+
+def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guard | None) -> Variant:
+    wanted = wanted_outcome(guard, path)
+    sampling = SamplingParams(max_tokens=lengths.answer, ignore_eos=True)
+
+    def answer(asked: list[Asked]) -> tuple[float, list[Reply]]:
+        engine.pool.clear_cache()
+        chats = [item.messages for item in asked]
+        began = perf_counter()
+        replies = engine.chat(chats, guard=guard, sampling=sampling)
+        seconds = perf_counter() - began
+        for reply in replies:
+            check_path(reply, wanted, lengths.answer)
+        return seconds, replies
+
+    def one(asked: Asked) -> Run:
+        seconds, (reply,) = answer([asked])
+        first = reply.passes[0]
+        if first.cached_tokens:
+            raise WrongPath("a measured answer began with tokens from the cache")
+        assert first.first_token is not None and first.finished is not None
+        # an answer whose own states are read ends with its closing row, which counts as exposed
+        tapped = guard is not None and isinstance(guard.detector, Probe)
+        closing = reply.trace.exposed_screening if tapped else 0.0
+        decoding = first.finished - closing - first.first_token
+        return Run(
+            seconds,
+            tuple(record.label for record in reply.passes),
+            sum(record.prompt_tokens for record in reply.passes),
+            sum(len(record.token_ids) for record in reply.passes),
+            closing + reply.trace.guard,
+            decoding / max(1, lengths.answer - 1),
+        )
+
+    many = None if name.endswith(AS_PUBLISHED) else lambda asked: answer(asked)[0]
+    return Variant(name, _baseline(name), path, one, many)
+
+
+@dataclass(frozen=True)
+class _ScoreOnly:
+    """No guard: one pass of a detector over a text."""
+
+    model: str
+    text: str
+
+    def run(self, chat: Chat, traits: Mapping[str, ModelTraits], release: ReleaseMode = "verdict") -> Loop:
+        segments, pool_from = detector_text("response", chat.query, self.text)
+        yield Score(self.model, segments, pool_from)
+        return Decision(Answer(""), Outcome.UNGUARDED)
+
+
+def detector_alone(engine: Engine, text: Callable[[], str]) -> Variant:
+    """One prefill of a text, as long as an answer, by the detector that has weights of its own. text: gives one."""
+
+    def one(asked: Asked) -> Run:
+        engine.pool.clear_cache()
+        guard: GuardLike = _ScoreOnly("detector", text())
+        began = perf_counter()
+        (reply,) = engine.chat(["?"], guard=guard)
+        seconds = perf_counter() - began
+        (only,) = reply.passes
+        if only.error or only.cached_tokens:
+            raise WrongPath(f"the detector alone failed ({only.error}) or began with tokens from the cache")
+        return Run(seconds, (only.label,), only.prompt_tokens, 0)
+
+    return Variant(DETECTOR_ALONE, DETECTOR_ALONE, PATHS[0], one)
+
+
+def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, lengths: Lengths) -> list[Variant]:
+    """Both pipelines on `transformers`, and their unguarded answer."""
+
+    def off(asked: Asked) -> Run:
+        began = perf_counter()
+        prompt = conversation("human", asked.text, len(asked.images))
+        ran = mllm.generate("answer", prompt, asked.images, max_new_tokens=lengths.answer)
+        return Run(perf_counter() - began, (ran.label,), ran.prompt_tokens, ran.new_tokens)
+
+    def variant(name: str, pipeline: PublishedProtector | PublishedEcso, path: str) -> Variant:
+        def one(asked: Asked) -> Run:
+            began = perf_counter()
+            reply = pipeline.answer(asked.text, asked.images)
+            seconds = perf_counter() - began
+            if reply.harmful is not (path == "harmful") or reply.passes[0].new_tokens != lengths.answer:
+                raise WrongPath(f"{name} did not take the {path} path with {lengths.answer} tokens")
+            return Run(
+                seconds,
+                tuple(ran.label for ran in reply.passes),
+                sum(ran.prompt_tokens for ran in reply.passes),
+                sum(ran.new_tokens for ran in reply.passes),
+                sum(ran.seconds for ran in reply.passes[1:]),
+            )
+
+        return Variant(name, TRANSFORMERS, path, one)
+
+    protectors = [
+        variant("published-protector", PublishedProtector(mllm, detector, detoxifier, threshold, lengths), path)
+        for path, threshold in THRESHOLDS.items()
+    ]
+    ecsos = [
+        variant("published-ecso", PublishedEcso(mllm, threshold, lengths), path)
+        for path, threshold in THRESHOLDS.items()
+    ]
+    return [Variant(TRANSFORMERS, TRANSFORMERS, PATHS[0], off), *protectors, *ecsos]
