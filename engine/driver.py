@@ -407,7 +407,9 @@ class Driver:
             return
         chosen = iter(sample(logits if len(picked) == len(logits) else logits[picked], rows))
         for work, count in sampling:
-            self._sampled(lane, work, [next(chosen) for _ in range(count)])
+            drawn = [next(chosen) for _ in range(count)]
+            if self.is_under_way(work.sequence):  # a loop may have canceled it a moment ago
+                self._sampled(lane, work, drawn)
 
     def _chosen(self, sequence: Sequence, logits: torch.Tensor) -> None:
         request, run = self.request(sequence), self._run(sequence)
