@@ -173,9 +173,9 @@ def _layers(
 ) -> Tensor:
     """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place."""
     decoder = backbone.decoder
-    if decoder.native is not None and adapters is None:
+    if decoder.native is not None:
         rows = torch.cat([group.write_rows for group in groups])
-        decoder.native.run(first, last, x, angles, rows, [group.ragged() for group in groups])
+        decoder.native.run(first, last, x, angles, rows, [group.ragged() for group in groups], adapters)
         return x
     for layer in range(first, last):
         x = decoder.block(layer, x, angles, lambda index, qkv: _attend(backbone, groups, index, qkv), adapters)

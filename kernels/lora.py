@@ -43,15 +43,20 @@ def add_low_rank_(y: Tensor, x: Tensor, rows: Rows, update: LowRank) -> None:
 
 
 class ActiveAdapters:
-    """Which rows of one batch are changed by which adapter."""
+    """Which rows of one batch are changed by which adapter.
+
+    adapter, updates: as given. active: the indices of the adapters that some row has.
+    """
 
     def __init__(self, adapter: Tensor, updates: Sequence[Updates], device: torch.device) -> None:
         """adapter: [rows] int64 on the CPU, an index into `updates` or -1 for none."""
-        self._adapter, self._updates, self._device = adapter, updates, device
+        self.adapter, self.updates, self._device = adapter, updates, device
+        self.active: list[int] = []
         self._groups: list[tuple[Rows, Updates]] = []
         for index in adapter.unique().tolist():
             if index < 0:
                 continue
+            self.active.append(index)
             rows = (adapter == index).nonzero().squeeze(1)
             first, last = int(rows[0]), int(rows[-1])
             adjacent = last - first + 1 == len(rows)
@@ -64,7 +69,7 @@ class ActiveAdapters:
 
     def first(self, rows: int) -> ActiveAdapters | None:
         """For the batch's first `rows` rows, when the others leave it; None when none of them has an adapter."""
-        return self.of(self._adapter[:rows], self._updates, self._device)
+        return self.of(self.adapter[:rows], self.updates, self._device)
 
     def add_(self, layer: int, part: str, y: Tensor, x: Tensor) -> None:
         """Add what the rows' adapters change to y [rows, out], in place; y is the output of a layer's part for

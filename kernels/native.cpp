@@ -30,6 +30,7 @@ constexpr int64_t SUPERBLOCK = 256;    // rows that share one pass over a thread
 constexpr int64_t KEYS = 128;          // keys between two looks at the running maximum
 constexpr int64_t QUERY_TILES = 4;     // tiles of 16 queries that share one reading of keys and values
 constexpr int64_t MAX_DIM = 256;       // of a head
+constexpr int64_t LOW_CHUNK = 1024;    // elements: A x for 16 rows and ranks, high and low, each twice: for B's two parts
 constexpr float HIDDEN_MAX = -1e30f;   // a running maximum before anything was seen; finite, so that differences are
 
 struct Matrix {
@@ -64,6 +65,25 @@ struct Run {
     int64_t row, tokens;
 };
 
+// A low-rank update y += B (A x) of one map, in tiles of bf16: every number of A, B and A x is the sum of two, which
+// keeps 16 of its bits. `chunks` of 16 ranks; 0: none.
+struct Update {
+    const uint8_t* a;  // [chunks][high, low][inputs / 32] tiles
+    const uint8_t* b;  // [columns / 16][chunks] tiles: 16 ranks high, the same 16 low
+    int64_t chunks;
+};
+
+// What an adapter changes of a layer. `wide`: gate and up, which share their inputs; the first half of its chunks is
+// the one's, the second the other's, of b as of a, and there is a panel of both for 16 columns of each.
+struct Updates {
+    Update qkv, o, wide, down;
+};
+
+struct Adapter {
+    const Updates* layers;
+    int64_t chunks;  // the most that one of its updates has
+};
+
 // What the threads share of one stage of a layer: which units of its work are taken, how many are finished.
 struct Stage {
     alignas(64) std::atomic<int64_t> taken{0};
@@ -73,6 +93,7 @@ struct Stage {
 // A thread's own memory.
 struct alignas(64) Scratch {
     float c[32 * MAX_DIM];                              // a block of outputs
+    float adapted[32 * 32];                             // 32 columns of it, all rows by one adapter
     uint32_t queries[QUERY_TILES][MAX_DIM / 32][256];   // Q^T in tiles
     float scores[QUERY_TILES][KEYS][16];                // S^T, then P^T: a lane a query
     uint32_t probs[QUERY_TILES][KEYS / 32][256];        // P in tiles
@@ -168,6 +189,41 @@ void multiply(const bf16* a, bool two, const uint8_t* w0, const uint8_t* w1, int
     }
     _tile_stored(0, c, c_stride);
     _tile_stored(1, c + 16, c_stride);
+}
+
+// out [16 or 32 rows][out_width] = c [..][width] plus, in columns 0-15, `low0` times the panel b0 of an update, in 16-31
+// low1 times b1; `stride` elements of low before the next sixteen rows.
+void expand(const bf16* low0, const bf16* low1, int64_t stride, bool two, const uint8_t* b0, const uint8_t* b1,
+            int64_t chunks, const float* c, int64_t width, float* out, int64_t out_width) {
+    const int64_t c_stride = width * 4, out_stride = out_width * 4;
+    _tile_loadd(0, c, c_stride);
+    _tile_loadd(1, c + 16, c_stride);
+    if (two) {
+        _tile_loadd(2, c + 16 * width, c_stride);
+        _tile_loadd(3, c + 16 * width + 16, c_stride);
+    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        _tile_loadd(6, b0 + chunk * TILE, 64);
+        _tile_loadd(7, b1 + chunk * TILE, 64);
+        for (int64_t at = chunk * LOW_CHUNK; at < (chunk + 1) * LOW_CHUNK; at += LOW_CHUNK / 2) {
+            _tile_loadd(4, low0 + at, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, low1 + at, 64);
+            _tile_dpbf16ps(1, 5, 7);
+            if (two) {
+                _tile_loadd(4, low0 + stride + at, 64);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(5, low1 + stride + at, 64);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, out, out_stride);
+    _tile_stored(1, out + 16, out_stride);
+    if (two) {
+        _tile_stored(2, out + 16 * out_width, out_stride);
+        _tile_stored(3, out + 16 * out_width + 16, out_stride);
+    }
 }
 
 // Calls work(unit) for the units that this thread takes, and returns when all are finished, whoever did them. A thread
@@ -488,6 +544,31 @@ inline __m512 with_bias(const float* c, const bf16* bias, int64_t column) {
     return bias ? _mm512_add_ps(v, load(bias + column)) : v;
 }
 
+// An adapter in a batch: which rows of every 32 are its own, bit by bit, and A x for them.
+struct Active {
+    const Updates* layers;
+    std::vector<uint32_t> own;
+    std::vector<int64_t> blocks;       // of 32 rows that have one of its own
+    std::unique_ptr<bf16[], Free> low;  // [rows / 16][chunks][LOW_CHUNK]
+};
+
+// The adapters of a batch; adapter_of: [rows] an index into `adapters` or -1, or null.
+std::vector<Active> active_adapters(const int64_t* adapter_of, int64_t rows, const Adapter* adapters, int64_t count) {
+    std::vector<Active> found;
+    if (!adapter_of) return found;
+    for (int64_t index = 0; index < count; index++) {
+        Active active{adapters[index].layers, std::vector<uint32_t>(padded(rows) / 32), {}, nullptr};
+        for (int64_t row = 0; row < rows; row++)
+            if (adapter_of[row] == index) active.own[row / 32] |= 1u << row % 32;
+        for (int64_t block = 0; block < (int64_t)active.own.size(); block++)
+            if (active.own[block]) active.blocks.push_back(block);
+        if (active.blocks.empty()) continue;
+        active.low = aligned<bf16>(padded(rows) / 16 * adapters[index].chunks * LOW_CHUNK);
+        found.push_back(std::move(active));
+    }
+    return found;
+}
+
 }  // namespace
 
 extern "C" {
@@ -535,10 +616,13 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
 }
 
 // Runs layers [first, last) over x [rows][hidden] in place, and stores the new keys and values at write_rows.
-// cos, sin: [rows][dim]. sequences: in the order of their rows, which they cover. -1: no memory, -2: a row out of range.
+// cos, sin: [rows][dim]. sequences: in the order of their rows, which they cover. adapter_of: [rows] an index into
+// `adapters`, -1 for none, or null. wanted: [rows] whether layer last - 1 must finish the row, or null: all of them.
+// -1: no memory, -2: a row out of range.
 int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int64_t last, bf16* x, int64_t rows,
                     const bf16* cos, const bf16* sin, const int64_t* write_rows, const Cache* caches,
-                    const Sequence* sequences, int64_t count, const Run* runs, int64_t threads) {
+                    const Sequence* sequences, int64_t count, const Run* runs, const int64_t* adapter_of,
+                    const Adapter* adapters, int64_t adapter_count, const uint8_t* wanted, int64_t threads) {
     const Shape shape = *shape_;
     const int64_t hidden = shape.hidden, dim = shape.dim, ffn = shape.ffn, width = shape.heads * dim;
     const int64_t group = shape.heads / shape.kv_heads, query_heads = shape.heads, key_heads = shape.kv_heads;
@@ -568,9 +652,12 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
     const auto normed = aligned<bf16>(room * hidden * (few ? threads : 1)), q = aligned<bf16>(room * width);
     const auto mixed = aligned<bf16>(room * width), wide = aligned<bf16>(room * ffn);
     const auto scratch = aligned<Scratch>(threads);
+    const std::vector<Active> actives = active_adapters(adapter_of, rows, adapters, adapter_count);
     if (!normed || !q || !mixed || !wide || !scratch) return -1;
+    for (const Active& active : actives)
+        if (!active.low) return -1;
     const int64_t tile_rows = min<int64_t>(rows, 16), hidden_tiles = hidden / 32;
-    std::vector<Stage> stages(7 * (last - first));
+    std::vector<Stage> stages(11 * (last - first));
 #pragma omp parallel num_threads(threads)
     {
         Scratch& my = scratch[omp_get_thread_num()];
@@ -581,6 +668,11 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             for (int64_t row = from; row < to; row++)
                 rms_norm(x + row * hidden, weight, hidden, eps, own, row);
         };
+        int64_t number = first;
+        // Whether somebody wants one of these rows after layer `number`.
+        const auto needed = [&](int64_t from, int64_t some) {
+            return !wanted || number < last - 1 || std::memchr(wanted + from, 1, some);
+        };
         const auto norm = [&](const bf16* weight) {
             if (!few) share(*stage++, rows, threads, [&](int64_t row) { norm_rows(weight, row, row + 1); });
         };
@@ -589,11 +681,64 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             if (few && normed_for != weight) norm_rows(weight, 0, rows);
             normed_for = weight;
         };
+        // A x for the rows of adapters; x is `input` [rows][k], where it is a norm the one with this weight
+        const auto shrink = [&](Update Updates::* map, const bf16* input, int64_t k, const bf16* weight) {
+            const auto units_of = [&](const Active& active) {
+                return (int64_t)active.blocks.size() * (active.layers[number].*map).chunks;
+            };
+            int64_t units = 0;
+            for (const Active& active : actives) units += units_of(active);
+            if (!units) return;
+            share(*stage++, units, threads, [&](int64_t unit) {
+                const Active* active = actives.data();
+                for (; unit >= units_of(*active); active++) unit -= units_of(*active);
+                const Update& update = active->layers[number].*map;
+                const int64_t from = active->blocks[unit / update.chunks] * 32, some = min<int64_t>(32, rows - from);
+                const int64_t chunk = unit % update.chunks;
+                if (map != &Updates::qkv && !needed(from, some)) return;
+                if (weight) norm_once(weight);
+                const uint8_t* w = update.a + 2 * chunk * (k / 32) * TILE;
+                multiply(input + from * k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
+                for (int64_t row = 0; row < some; row++) {
+                    const float* c = my.c + row * 32;
+                    const __m512 sum = _mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + 16));
+                    bf16* out = &active->low[((from + row) / 16 * update.chunks + chunk) * LOW_CHUNK + row % 16 * 32];
+                    store(out, sum);
+                    store(out + 16, sum);
+                    const __m512 rest = _mm512_sub_ps(sum, load(out));
+                    store(out + LOW_CHUNK / 2, rest);
+                    store(out + LOW_CHUNK / 2 + 16, rest);
+                }
+            });
+        };
+        // c [some rows][width], 32 columns of the output of a map from `panel` on (of gate and up, 16 of each): adds
+        // B (A x). A row's sum is the same whoever is beside it.
+        const auto adapt = [&](Update Updates::* map, int64_t panel, int64_t from, int64_t some, float* c,
+                               int64_t width) {
+            for (const Active& active : actives) {
+                const uint32_t own = active.own[from / 32];
+                const Update& update = active.layers[number].*map;
+                if (!own || !update.chunks) continue;
+                const bool both = map == &Updates::wide, all = own == ~0u >> (32 - some);
+                const int64_t chunks = both ? update.chunks / 2 : update.chunks;
+                const bf16* low = &active.low[from / 16 * update.chunks * LOW_CHUNK];
+                const uint8_t* b = update.b + panel * update.chunks * TILE;
+                expand(low, both ? low + chunks * LOW_CHUNK : low, update.chunks * LOW_CHUNK, some > 16, b,
+                       b + chunks * TILE, chunks, c, width, all ? c : my.adapted, all ? width : 32);
+                for (uint32_t left = all ? 0 : own; left; left &= left - 1) {
+                    const int64_t row = __builtin_ctz(left);
+                    std::memcpy(c + row * width, my.adapted + row * 32, 32 * 4);
+                }
+            }
+        };
         // x += input times matrix
-        const auto add_to_x = [&](const bf16* input, const Matrix& matrix, int64_t k) {
+        const auto add_to_x = [&](const bf16* input, const Matrix& matrix, Update Updates::* map, int64_t k) {
+            shrink(map, input, k, nullptr);
             share_blocks(*stage++, rows, hidden / 32, threads, [&](int64_t block, int64_t from, int64_t some) {
+                if (!needed(from, some)) return;
                 const uint8_t* w = matrix.tiles + 2 * block * (k / 32) * TILE;
                 multiply(input + from * k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
+                adapt(map, 2 * block, from, some, my.c, 32);
                 for (int64_t row = 0; row < some; row++)
                     for (int64_t half = 0; half < 32; half += 16) {
                         bf16* at = x + (from + row) * hidden + block * 32 + half;
@@ -603,9 +748,10 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             });
         };
         configure(tile_rows);
-        for (int64_t number = first; number < last; number++) {
+        for (; number < last; number++) {
             const Layer& layer = layers[number];
             norm(layer.input_norm);
+            shrink(&Updates::qkv, own, hidden, layer.input_norm);
             const int64_t all_heads = query_heads + 2 * key_heads;
             share_blocks(*stage++, rows, all_heads, threads, [&](int64_t head, int64_t from, int64_t some) {
                 norm_once(layer.input_norm);
@@ -613,6 +759,7 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
                     const uint8_t* w = layer.qkv.tiles + (head * dim + column) / 16 * hidden_tiles * TILE;
                     multiply(own + from * hidden, some > 16, w, w + hidden_tiles * TILE, hidden_tiles,
                              my.c + column, dim);
+                    adapt(&Updates::qkv, (head * dim + column) / 16, from, some, my.c + column, dim);
                 }
                 for (int64_t row = 0; row < some; row++) {
                     float* c = my.c + row * dim;
@@ -633,24 +780,30 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             });
             if (tile_rows < 16) configure(16);
             share(*stage++, (int64_t)blocks.size(), threads, [&](int64_t i) {
-                const Cache& cache = caches[blocks[i].sequence->cache];
-                attend(shape, blocks[i], cache, cache.layers[number], runs, layer.window, q.get(), mixed.get(), my);
+                const QueryBlock& block = blocks[i];
+                const int64_t from = block.first / group, to = (block.first + block.rows - 1) / group;
+                if (!needed(block.sequence->row + from, to - from + 1)) return;
+                const Cache& cache = caches[block.sequence->cache];
+                attend(shape, block, cache, cache.layers[number], runs, layer.window, q.get(), mixed.get(), my);
             });
             if (tile_rows < 16) configure(tile_rows);
-            add_to_x(mixed.get(), layer.o, width);
+            add_to_x(mixed.get(), layer.o, &Updates::o, width);
             norm(layer.post_norm);
+            shrink(&Updates::wide, own, hidden, layer.post_norm);
             share_blocks(*stage++, rows, ffn / 16, threads, [&](int64_t panel, int64_t from, int64_t some) {
+                if (!needed(from, some)) return;
                 norm_once(layer.post_norm);
                 const int64_t offset = panel * hidden_tiles * TILE;
                 multiply(own + from * hidden, some > 16, layer.gate.tiles + offset, layer.up.tiles + offset,
                          hidden_tiles, my.c, 32);
+                adapt(&Updates::wide, panel, from, some, my.c, 32);
                 for (int64_t row = 0; row < some; row++) {
                     const __m512 gate = with_bias(my.c + row * 32, layer.gate.bias, panel * 16);
                     const __m512 up = with_bias(my.c + row * 32 + 16, layer.up.bias, panel * 16);
                     store(&wide[place(from + row, panel * 16, ffn)], _mm512_mul_ps(silu(gate), up));
                 }
             });
-            add_to_x(wide.get(), layer.down, ffn);
+            add_to_x(wide.get(), layer.down, &Updates::down, ffn);
         }
         _tile_release();
     }

@@ -15,13 +15,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .lora import ActiveAdapters, LowRank, Updates
 from .paged_attention import LayerKV
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -29,6 +30,7 @@ FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 MAX_HEAD_DIM = 256
 COLUMNS, INPUTS = 16, 32  # of a tile
+RANKS = 16  # of a chunk of a low-rank update
 
 
 class _Matrix(Structure):
@@ -53,6 +55,18 @@ class _Shape(Structure):
 
 class _Cache(Structure):
     _fields_ = (("layers", c_void_p), ("head_stride", c_int64), ("row_stride", c_int64), ("rows", c_int64))
+
+
+class _Update(Structure):
+    _fields_ = (("a", c_void_p), ("b", c_void_p), ("chunks", c_int64))
+
+
+class _Updates(Structure):
+    _fields_ = tuple((name, _Update) for name in ("qkv", "o", "wide", "down"))
+
+
+class _Adapter(Structure):
+    _fields_ = (("layers", c_void_p), ("chunks", c_int64))
 
 
 class PackedMatrix(NamedTuple):
@@ -109,7 +123,7 @@ class Native:
         self._layers = library.stockade_layers
         self._layers.argtypes = (
             *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
         )
 
     def linear(self, x: Tensor, matrix: PackedMatrix, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -159,6 +173,15 @@ class NativeLayers:
             for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
                 setattr(target, name, _pointer(getattr(layer, name)))
             target.window = layer.window or 0
+        self._adapters: dict[int, _PackedUpdates] = {}  # by the id of their updates, which they hold
+
+    def pack_adapter(self, updates: Updates) -> None:
+        """Bring an adapter's updates into tiles and keep them; `run` does it for those it has not met.
+
+        Raises `ValueError` for an update that does not have the shape of its map.
+        """
+        if id(updates) not in self._adapters:
+            self._adapters[id(updates)] = _PackedUpdates(updates, self._weights)
 
     def run(
         self,
@@ -168,11 +191,15 @@ class NativeLayers:
         angles: tuple[Tensor, Tensor],
         write_rows: Tensor,
         groups: Sequence[RaggedGroup],
+        adapters: ActiveAdapters | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
         """Run layers [first, last) over x [rows, hidden] bf16 in place; stores the new keys and values.
 
         angles: (cos, sin) [rows, 1, head_dim] bf16 as of `rope_angles`. write_rows: [rows] int64, where in its
-        group's pool a row's keys and values go. groups: their sequences cover all rows.
+        group's pool a row's keys and values go. groups: their sequences cover all rows. adapters: which rows have
+        which. wanted: [rows] bool, the rows whose output anyone reads, None for all; those of the others are
+        undefined, their keys and values are stored nevertheless.
         Raises `IndexError` where a run or a write leaves the pool, before anything is computed.
         """
         cos, sin = angles
@@ -180,6 +207,9 @@ class NativeLayers:
             raise ValueError("rows and angles must be contiguous")
         if x.dtype is not torch.bfloat16 or cos.dtype is not torch.bfloat16 or x.shape[1] != self._hidden:
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; it must be bf16 of {self._hidden}")
+        if wanted is not None and not (wanted.dtype is torch.bool and wanted.shape == x.shape[:1]):
+            raise ValueError(f"wanted is {tuple(wanted.shape)} {wanted.dtype}; it must be bool, one for each row")
+        adapter_of, packed = self._active(adapters, len(x))
         caches = (_Cache * len(groups))()
         places = []  # the arrays that `caches` points to
         sequences: list[int] = []
@@ -198,9 +228,70 @@ class NativeLayers:
                 *(byref(self._shape), self._layers, first, last, x.data_ptr(), len(x)),
                 *(cos.data_ptr(), sin.data_ptr(), write_rows.data_ptr(), caches),
                 *((c_int64 * len(sequences))(*sequences), len(sequences) // 6),
-                *((c_int64 * len(runs))(*runs), torch.get_num_threads()),
+                (c_int64 * len(runs))(*runs),
+                *(_pointer(adapter_of), packed, len(packed), _pointer(wanted), torch.get_num_threads()),
             )
         )
+
+    def _active(self, adapters: ActiveAdapters | None, rows: int) -> tuple[Tensor | None, Array[_Adapter]]:
+        """Which row has which adapter, and the adapters; those that no row has stay empty."""
+        if adapters is None:
+            return None, (_Adapter * 0)()
+        if len(adapters.adapter) != rows:
+            raise ValueError(f"{rows} rows, but adapters for {len(adapters.adapter)}")
+        packed = (_Adapter * len(adapters.updates))()
+        for index in adapters.active:
+            updates = adapters.updates[index]
+            self.pack_adapter(updates)
+            packed[index] = self._adapters[id(updates)].pointers
+        return adapters.adapter, packed
+
+
+class _PackedUpdates:
+    """An adapter's updates in the tiles of `native.cpp`; `pointers` is valid as long as this lives."""
+
+    def __init__(self, updates: Updates, weights: Sequence[LayerWeights]) -> None:
+        self.updates = updates
+        self._tensors: list[Tensor] = []
+        self._layers = (_Updates * len(weights))()
+        most = 1
+        for number, (target, layer) in enumerate(zip(self._layers, weights, strict=True)):
+            for name, parts in (("qkv", ("qkv",)), ("o", ("o",)), ("wide", ("gate", "up")), ("down", ("down",))):
+                found = [(getattr(layer, part), updates.get((number, part))) for part in parts]
+                chunks = max(0 if update is None else -(-update.a.shape[1] // RANKS) for _, update in found)
+                if not chunks:
+                    continue
+                pairs = [_packed_update(update, matrix, chunks) for matrix, update in found]
+                a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
+                self._tensors += a, b
+                setattr(target, name, _Update(a.data_ptr(), b.data_ptr(), chunks * len(parts)))
+                most = max(most, chunks * len(parts))
+        self.pointers = _Adapter(ctypes.addressof(self._layers), most)
+
+
+def _packed_update(update: LowRank | None, matrix: PackedMatrix, chunks: int) -> tuple[Tensor, Tensor]:
+    """A and B in tiles, [chunks * 2, in / 32, 16, 16, 2] and [out / 16, chunks, 16, 16, 2] bf16; zeros for None.
+
+    Each number is split in two of bf16, so that the sum keeps 16 bits: what is left of the error of bf16 maps is the
+    rounding of their output.
+    """
+    inputs, outputs = matrix.tiles.shape[1] * INPUTS, matrix.out_features
+    a, b = torch.zeros(inputs, chunks * RANKS), torch.zeros(chunks * RANKS, outputs)
+    if update is not None:
+        rank = update.a.shape[1]
+        if (wanted := ((inputs, rank), (rank, outputs))) != (found := (tuple(update.a.shape), tuple(update.b.shape))):
+            raise ValueError(f"an update is {found[0]} and {found[1]}; its map takes {wanted[0]} and {wanted[1]}")
+        a[:, :rank] = update.a
+        b[:rank] = update.b
+    high_low_a = torch.stack(_split(a.t().unflatten(0, (chunks, RANKS))), 1)  # [chunks, 2, 16, in]
+    high_low_b = torch.stack(_split(b.t().unflatten(1, (chunks, RANKS))), 2)  # [out, chunks, 2, 16]
+    return pack(high_low_a.flatten(0, 2)).tiles, pack(high_low_b.flatten(1)).tiles
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 tensors whose sum is (nearly) `values`."""
+    high = values.bfloat16()
+    return high, (values - high).bfloat16()
 
 
 def packed_elements(out_features: int, in_features: int) -> int:

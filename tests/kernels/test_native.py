@@ -17,6 +17,7 @@ from stockade.engine.models.bundles import default_cache
 from stockade.engine.models.decoder import Decoder, DecoderConfig
 from stockade.kernels import native
 from stockade.kernels.linear import Linear
+from stockade.kernels.lora import ActiveAdapters, LowRank, Updates
 from stockade.kernels.native import Native, RaggedGroup, RaggedSequence
 from stockade.kernels.paged_attention import LayerKV, SequenceSpan, causal_mask, paged_attention, write_kv
 from stockade.kernels.rms_norm import rms_norm
@@ -50,6 +51,7 @@ CONFIGS = {
 }
 # (tokens, lengths of the runs they lie in, again and again)
 TEXTS = ((300, (300,)), (5, (2,)), (130, (16, 33, 1)), (1, (1,)), (47, (64,)))
+ADAPTED = ((0, 40), (-1, 0), (1, 0), (2, 0), (0, 20))  # (adapter, first position that has it) of each text
 STEPS = {
     "whole": [[300, 5, 130, 1, 47]],
     "in chunks": [[100, 2, 30, 1, 0], [1, 1, 1, 0, 40], *[[37, 1, 50, 0, 7]] * 6],
@@ -77,12 +79,39 @@ def runs_of(rows: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-class Texts:
-    """Texts on their way through a decoder, in a pool full of NaN: what is read without having been written shows."""
+def low_ranks(config: DecoderConfig) -> list[Updates]:
+    """Adapters of rank 8 and 64 for every map, and one of rank 16 for some."""
+    heads, keys, hidden = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden_size
+    shapes = {
+        "qkv": (hidden, (heads, keys, keys)),
+        "o": (heads, (hidden,)),
+        "gate": (hidden, (config.ffn_size,)),
+        "up": (hidden, (config.ffn_size,)),
+        "down": (config.ffn_size, (hidden,)),
+    }
+    generator = torch.Generator().manual_seed(5)
+    made: list[Updates] = []
+    for rank, parts in ((8, tuple(shapes)), (16, ("qkv", "up")), (64, tuple(shapes))):
+        updates = {}
+        for layer in (0, 1, 2) if len(parts) == 5 else (0, 2):
+            for part in parts:
+                inputs, outputs = shapes[part]
+                a = torch.randn(inputs, rank * len(outputs), generator=generator) * inputs**-0.5
+                b = torch.block_diag(*(torch.randn(rank, out, generator=generator) * rank**-0.5 for out in outputs))
+                updates[layer, part] = LowRank(a, b * 0.5)
+        made.append(updates)
+    return made
 
-    def __init__(self, decoder: Decoder) -> None:
+
+class Texts:
+    """Texts on their way through a decoder, in a pool full of NaN: what is read without having been written shows.
+
+    adapters: what the texts' tokens are adapted by, as in ADAPTED.
+    """
+
+    def __init__(self, decoder: Decoder, adapters: list[Updates] | None = None) -> None:
         config = decoder.config
-        self.decoder = decoder
+        self.decoder, self.adapters = decoder, adapters
         kv = [torch.full((2 * config.kv_heads, ROWS, config.head_dim), torch.nan).to(decoder.dtype) for _ in range(3)]
         self.caches = [
             LayerKV(layer, layer[: config.kv_heads].unsqueeze(0), layer[config.kv_heads :].unsqueeze(0))
@@ -105,16 +134,28 @@ class Texts:
         x = self.decoder.embed(torch.cat([self.tokens[text][start : start + count] for text, start, count in works]))
         angles = self.decoder.angles(torch.cat([torch.arange(start, start + count) for _, start, count in works]))
         rows = torch.tensor([row for text, start, count in works for row in self.rows[text][start : start + count]])
+        active = None
+        if self.adapters is not None:
+            places = [
+                (*ADAPTED[text], place) for text, start, count in works for place in range(start, start + count)
+            ]
+            adapter = torch.tensor([index if place >= first else -1 for index, first, place in places])
+            active = ActiveAdapters.of(adapter, self.adapters, CPU)
         if self.decoder.native is not None:
-            self._native(x, angles, rows, works)
+            self._native(x, angles, rows, works, active)
         else:
-            self._plain(x, angles, rows, works)
+            self._plain(x, angles, rows, works, active)
         for (text, _, count), part in zip(works, x.split([count for _, _, count in works]), strict=True):
             self.outs[text].append(self.decoder.logits(part))
             self.done[text] += count
 
     def _native(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], rows: Tensor, works: list[tuple[int, int, int]]
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        rows: Tensor,
+        works: list[tuple[int, int, int]],
+        active: ActiveAdapters | None,
     ) -> None:
         assert self.decoder.native is not None
         sequences, at = [], 0
@@ -123,11 +164,16 @@ class Texts:
             at += count
         # as two groups, and in two goes
         groups = [RaggedGroup(self.caches, part) for part in (sequences[:2], sequences[2:])]
-        self.decoder.native.run(0, 1, x, angles, rows, groups)
-        self.decoder.native.run(1, 3, x, angles, rows, groups)
+        self.decoder.native.run(0, 1, x, angles, rows, groups, active)
+        self.decoder.native.run(1, 3, x, angles, rows, groups, active)
 
     def _plain(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], rows: Tensor, works: list[tuple[int, int, int]]
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        rows: Tensor,
+        works: list[tuple[int, int, int]],
+        active: ActiveAdapters | None,
     ) -> None:
         config = self.decoder.config
         (window,) = set(config.windows)
@@ -143,11 +189,11 @@ class Texts:
             return paged_attention(qkv[:, : config.heads], self.caches[layer], spans, config.head_dim**-0.5)
 
         for layer in range(config.layers):
-            self.decoder.block(layer, x, angles, attend)
+            self.decoder.block(layer, x, angles, attend, active)
 
 
-def logits_of(decoder: Decoder, steps: list[list[int]]) -> list[Tensor]:
-    texts = Texts(decoder)
+def logits_of(decoder: Decoder, steps: list[list[int]], adapters: list[Updates] | None = None) -> list[Tensor]:
+    texts = Texts(decoder, adapters)
     for counts in steps:
         texts.step(counts)
     assert texts.done == [count for count, _ in TEXTS]
@@ -204,7 +250,8 @@ def test_no_bit_depends_on_the_number_of_threads(
     found = []
     for count in (1, 2, 3):
         threads(count)
-        found.append(torch.cat(logits_of(decoder("groups of two"), STEPS["in chunks"])))
+        made = decoder("groups of two")
+        found.append(torch.cat(logits_of(made, STEPS["in chunks"], low_ranks(made.config))))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -223,6 +270,106 @@ def test_nan_stays_in_its_sequence_and_is_not_lost(decoder: Callable[..., Decode
     hurt = [torch.cat(out) for out in texts.outs]
     assert hurt[2][7:].isnan().all()
     assert torch.equal(hurt[3], clean[3]) and not torch.cat([hurt[0], hurt[1], hurt[4]]).isnan().any()
+
+
+@needs_native
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_are_no_less_exact_than_on_the_plain_path(name: str, decoder: Callable[..., Decoder]) -> None:
+    """Three in one batch: ranks 8, 16 and 64, of every map or of some, from the first token on or a later one."""
+    made = decoder(name)
+    adapters = low_ranks(made.config)
+    exact = torch.cat(logits_of(decoder(name, torch.float32), STEPS["whole"], adapters)).double()
+    plain = torch.cat(logits_of(decoder(name, use_native=False), STEPS["whole"], adapters)).double()
+    ours = torch.cat(logits_of(made, STEPS["whole"], adapters)).double()
+    assert (ours - exact).norm() <= (plain - exact).norm()
+    assert (ours - exact).abs().max() <= (plain - exact).abs().max() * 1.5
+
+
+@needs_native
+@pytest.mark.parametrize("rank", [1, 8, 16, 64])
+def test_an_update_is_rounded_to_bf16_once(rank: int, decoder: Callable[..., Decoder]) -> None:
+    """Where the weights are zero only the update is left: of values its sum in fp64, rounded."""
+    made = decoder("groups of two")
+    assert made.native is not None
+    qkv = made.layers[0].qkv.matrix
+    assert qkv is not None
+    qkv.tiles.zero_()
+    generator = torch.Generator().manual_seed(rank)
+    update = LowRank(torch.randn(64, rank, generator=generator), torch.randn(rank, 256, generator=generator))
+    texts, x, angles = Texts(made), made.embed(torch.arange(40)), made.angles(torch.arange(40))
+    wide = x.double()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + made.config.norm_eps) * made.layers[0].input_norm
+    group = RaggedGroup(texts.caches, [RaggedSequence(0, 40, 0, ((0, 40),))])
+    active = ActiveAdapters.of(torch.zeros(40, dtype=torch.long), [{(0, "qkv"): update}], CPU)
+    made.native.run(0, 1, x, angles, torch.arange(40), [group], active)
+    values = texts.caches[0].kv[2:, :40].transpose(0, 1).flatten(1).double()
+    exact = (normed.bfloat16().double() @ update.a.double() @ update.b.double())[:, 192:]
+    assert (values - exact).norm() <= (exact.bfloat16().double() - exact).norm() * 1.02
+
+
+@needs_native
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_bit_of_an_adapted_row_depends_on_the_rows_beside_it(name: str, decoder: Callable[..., Decoder]) -> None:
+    made = decoder(name)
+    base = logits_of(made, STEPS["whole"])
+    whole, *others = (logits_of(made, steps, low_ranks(made.config)) for steps in STEPS.values())
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    for (index, first), adapted, plain in zip(ADAPTED, whole, base, strict=True):
+        first = len(plain) if index < 0 else first
+        assert torch.equal(adapted[:first], plain[:first])
+        assert not torch.isclose(adapted[first:], plain[first:]).all(1).any()
+
+
+@needs_native
+def test_an_adapter_that_overflows_stays_in_its_rows(decoder: Callable[..., Decoder]) -> None:
+    made = decoder("groups of two")
+    adapters = low_ranks(made.config)
+    whole = logits_of(made, STEPS["whole"], adapters)
+    adapters[1] = {(0, "qkv"): LowRank(*(part * torch.inf for part in adapters[1][0, "qkv"]))}
+    hurt = logits_of(made, STEPS["whole"], adapters)
+    assert hurt[2].isnan().all()
+    assert all(torch.equal(hurt[text], whole[text]) for text in (0, 1, 3, 4))
+
+
+@needs_native
+def test_rows_that_nobody_wants_leave_the_others_as_they_are(decoder: Callable[..., Decoder]) -> None:
+    made = decoder("window in a block")
+    assert made.native is not None
+    tokens, angles = torch.arange(300), made.angles(torch.arange(300))
+    found, pools = [], []
+    for wanted in (None, torch.arange(300).remainder(130) == 70):
+        texts, x = Texts(made), made.embed(tokens)
+        active = ActiveAdapters.of((tokens > 90).long() - 1, low_ranks(made.config), CPU)
+        group = RaggedGroup(texts.caches, [RaggedSequence(0, 300, 0, ((0, 300),))])
+        made.native.run(0, 3, x, angles, torch.arange(300), [group], active, wanted)
+        found.append(x)
+        pools.append(torch.stack([cache.kv[:, :300] for cache in texts.caches]))
+    whole, some = found
+    assert torch.equal(some[70::130], whole[70::130]) and not torch.equal(some, whole)
+    assert torch.equal(*pools)
+
+
+@needs_native
+def test_adapters_that_do_not_fit_are_refused(decoder: Callable[..., Decoder]) -> None:
+    made = decoder("groups of two")
+    assert made.native is not None
+    texts, x, angles = Texts(made), made.embed(torch.tensor([7])), made.angles(torch.tensor([0]))
+    group = RaggedGroup(texts.caches, [RaggedSequence(0, 1, 0, ((5, 1),))])
+
+    def run(rows: list[int], a: tuple[int, int], b: tuple[int, int], wanted: Tensor | None = None) -> None:
+        active = ActiveAdapters(torch.tensor(rows), [{(1, "o"): LowRank(torch.zeros(a), torch.zeros(b))}], CPU)
+        assert made.native is not None
+        made.native.run(0, 3, x, angles, torch.tensor([5]), [group], active, wanted)
+
+    run([0], (128, 4), (4, 64))
+    for a, b in (((64, 4), (4, 64)), ((128, 4), (4, 128)), ((128, 4), (5, 64))):
+        with pytest.raises(ValueError, match="its map takes"):
+            run([0], a, b)
+    with pytest.raises(ValueError, match="adapters for 2"):
+        run([0, 0], (128, 4), (4, 64))
+    with pytest.raises(ValueError, match="must be bool"):
+        run([0], (128, 4), (4, 64), torch.ones(2, dtype=torch.bool))
 
 
 @needs_native
