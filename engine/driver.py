@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -156,6 +157,8 @@ class Driver:
         if run is None:
             raise InvalidGuard(f"a guard's loop waits for a pass that it did not start, or waited for: {number}")
         run.started = False
+        if run.step.timeout is not None and run.ready is None:
+            run.sequence.deadline = perf_counter() + run.step.timeout
         for sequence in run.sequences:
             if sequence is not run.ahead:
                 self.scheduler.require(sequence)
@@ -166,7 +169,8 @@ class Driver:
         """End a request at once, whatever it is doing."""
         for run in request.runs.values():
             run.record.error = "aborted"
-        request.loop.close()
+        with suppress(Exception):  # a loop that fails as it is closed, or goes on, is over all the same
+            request.loop.close()
         return self.finish(request, Decision(Answer(""), Outcome.REFUSED, (), "aborted"), FinishReason.ABORTED)
 
     def finish(self, request: Request, decision: Decision, reason: FinishReason | None = None) -> Reply:
@@ -234,6 +238,8 @@ class Driver:
             raise
         record.prompt_tokens = sequence.prompt_tokens
         sequence.optional = started
+        if started:  # it may have to stand back for long; its time counts from when it is waited for
+            sequence.deadline = None
         request.runs[number] = run
         self.scheduler.add(sequence)
         return run
@@ -535,19 +541,22 @@ class Driver:
                     screening.judge(self.runner.tapped_score(lane, run.sequence), screening.input_characters)
                     self._judged(request, run)
                     return
-            elif screening.idle and screening.waiting >= self._chunk(lane, screening):
+            elif screening.idle and self._is_worth_a_chunk(lane, screening):
+                lane.spare_rows -= screening.waiting
                 self._feed(request, run)
         if run.number in request.runs:
             self._release(request, run)
 
-    def _chunk(self, lane: Lane, screening: Screening) -> int:
-        """Tokens worth a chunk: rows that cost nothing where the detector shares the answer's weights; otherwise so
-        many that reading its weights pays, and more the more answers are decoded."""
+    def _is_worth_a_chunk(self, lane: Lane, screening: Screening) -> bool:
+        """Whether the detector should read what is new. Where it shares the answer's weights, in rows that cost
+        nothing, as long as there are some; otherwise when reading its weights pays, the later the more answers are
+        decoded."""
+        new, free = screening.waiting, lane.free_rows
         if screening.screen.chunk is not None:
-            return screening.screen.chunk
+            return new >= screening.screen.chunk
         if screening.model.backbone is lane.backbone:
-            return max(8, lane.free_rows - lane.decoding)
-        return 2 * lane.free_rows * (1 + lane.decoding // 8)
+            return free // 2 <= new <= lane.spare_rows or new >= 4 * free
+        return new >= 2 * free * (1 + lane.decoding // 8)
 
     def _feed(self, request: Request, run: Run) -> None:
         """Give the screen's sequence the tokens of the new text."""
@@ -655,6 +664,8 @@ class Driver:
         try:
             model = self.model(ahead.model)
             tokens = _common([encode(model, ahead.prompt(screening.text + more)).tokens for more in ("", "\n~")])
+            if max(tokens, default=0) >= model.backbone.decoder.config.vocab_size:
+                raise BadInput(f"{model.name} has no weights for token {max(tokens)}")
             if run.ahead is None:
                 record = PassRecord("ahead", model.name, submitted=request.elapsed)
                 run.ahead = self._beside(request, run, 2, model, tokens, record)
