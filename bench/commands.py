@@ -50,7 +50,7 @@ def overhead(
     harmful_repeats: Annotated[int, typer.Option(min=1, help="The same on the harmful path.")] = 5,
     published_repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each published pipeline.")] = 3,
     prompt_tokens: PromptOption = 64,
-    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer and of a rewrite.")] = 128,
+    answer_tokens: Annotated[int, typer.Option(min=3, help="Tokens of an answer and of a rewrite.")] = 128,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption.")] = 64,
     concurrent: Annotated[int, typer.Option(min=1, help="Requests at once, for the throughput.")] = 8,
     saturation_pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs for the throughput.")] = 20,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..engine.engine import Engine
-from ..engine.trace import Recorder
 from .estimates import Estimate
 from .overhead_report import Key, OverheadConfig, OverheadReport, figures
 from .rewrites import RewriteConfig, run_rewrites
@@ -119,9 +118,9 @@ def _exposed_tokens(engine: Engine, variants: Sequence[Variant], questions: Ques
     variant = next((item for item in variants if (item.name, item.path) == (name, PATHS[0])), None)
     if variant is None:
         return None
-    recorder = engine.recorder = Recorder()
     variant.one(questions.ask(questions.text()))
-    engine.recorder = None
+    recorder = engine.recorder  # a variant's run leaves its own
+    assert recorder is not None
     decoded = max(step.began for step in recorder.steps if any(work.label == "answer" for work in step.works))
     late = (work for step in recorder.steps if step.began > decoded for work in step.works)
     return sum(work.tokens for work in late if work.label == "screen")

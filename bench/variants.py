@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from ..engine.models.loader import Attached, ModelSet, load_models
 from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode, Score
 from ..engine.request import Outcome, Reply
 from ..engine.sampling import SamplingParams
+from ..engine.trace import Recorder
 from .checkpoints import save_adapter
 from .published import Lengths, PublishedEcso, PublishedProtector, Scores, Speaker, conversation
 from .report import WrongPath
@@ -42,7 +45,7 @@ DEFAULT = ("protector-separate", "protector-adapter", "probe", "ecso", "ecso-con
 class Run(NamedTuple):
     """One measured run: seconds and the work that was done in them.
 
-    exposed: seconds from the answer's last token to the reply. step: seconds of one decode step of the answer.
+    exposed: seconds from the answer's last token to the reply. step: seconds of a decode step, median.
     """
 
     seconds: float
@@ -207,6 +210,7 @@ def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guar
     def answer(asked: list[Asked]) -> tuple[float, list[Reply]]:
         engine.pool.clear_cache()
         chats = [item.messages for item in asked]
+        engine.recorder = Recorder()
         began = perf_counter()
         replies = engine.chat(chats, guard=guard, sampling=sampling)
         seconds = perf_counter() - began
@@ -219,22 +223,27 @@ def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guar
         first = reply.passes[0]
         if first.cached_tokens:
             raise WrongPath("a measured answer began with tokens from the cache")
-        assert first.first_token is not None and first.finished is not None
+        assert engine.recorder is not None
         # an answer whose own states are read ends with its closing row, which counts as exposed
         tapped = guard is not None and isinstance(guard.detector, Probe)
         closing = reply.trace.exposed_screening if tapped else 0.0
-        decoding = first.finished - closing - first.first_token
         return Run(
             seconds,
             tuple(record.label for record in reply.passes),
             sum(record.prompt_tokens for record in reply.passes),
             sum(len(record.token_ids) for record in reply.passes),
             closing + reply.trace.guard,
-            decoding / max(1, lengths.answer - 1),
+            _step(engine.recorder),
         )
 
     many = None if name.endswith(AS_PUBLISHED) else lambda asked: answer(asked)[0]
     return Variant(name, _baseline(name), path, one, many)
+
+
+def _step(recorder: Recorder) -> float:
+    """Seconds from one decode step of an answer to the next, the median: most steps do nothing else."""
+    steps = (step for step in recorder.steps if any((w.label, w.role) == ("answer", "decode") for w in step.works))
+    return median(later.began - step.began for step, later in pairwise(steps))
 
 
 @dataclass(frozen=True)
