@@ -57,10 +57,8 @@ class Lane:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.free_slots = list(range(max_sequences))[::-1]
-
-    @property
-    def decoding(self) -> int:
-        return sum(sequence.decoding for sequence in self.running)
+        self.decoding = 0  # sequences that decode in the batch scheduled last
+        self.spare_rows = free_rows  # free rows that the next batch is likely to leave over
 
 
 class Scheduler:
@@ -137,6 +135,8 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             works.append(Work(sequence, sequence.num_computed, count))
             budget -= count
+        lane.decoding = sum(work.sequence.decoding for work in works)
+        lane.spare_rows = lane.free_rows - lane.decoding
         return self._add_optional(lane, self._add_drafts(lane, works))
 
     def advance(self, work: Work) -> None:
