@@ -612,7 +612,8 @@ class Driver:
         elif screening.doomed:
             self._answered(request, run, early=True)
         else:
-            if step.ahead is not None and screening.harmful:
+            if step.ahead is not None and screening.harmful and len(screening.text) >= run.ahead_from:
+                run.ahead_from = len(screening.text) * 5 // 4  # in all it costs a few times the last prompt
                 self._run_ahead(request, run, step.ahead)
             self._release(request, run)
 

@@ -26,6 +26,7 @@ class Run:
     output: OutputText | None = None
     screening: Screening | None = None
     ahead: Sequence | None = None  # a prompt that will follow, as far as it is known
+    ahead_from: int = 0  # characters of the answer from which on it is worth encoding that prompt again
     ready: Answer | None = None
     started: bool = False  # before it was certain to be needed, and not waited for yet
 
