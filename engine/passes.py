@@ -80,9 +80,9 @@ class Generate:
     """Decode an answer. `sampling=None` takes the request's own parameters.
 
     `label` names the pass in replies and traces ("answer", "caption", "rewrite" …). timeout: seconds from when the
-    pass is asked for (`Wait`, for a started one), waiting included. release: when its text may leave. candidate: its text is meant for the user,
-    and a verdict may follow. screen, ahead: what runs beside it. draft_tokens: see `SamplingParams`; None takes
-    theirs. The result is an `Answer`.
+    pass is asked for (for a started one, waited for), queueing included. release: when its text may leave.
+    candidate: its text is meant for the user, and a verdict may follow. screen, ahead: what runs beside it.
+    draft_tokens: see `SamplingParams`; None takes theirs. The result is an `Answer`.
     """
 
     model: str
