@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import nan
 from time import perf_counter
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..kernels.lora import ActiveAdapters
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.pooled_logit import pool_add
-from .batch import Group, build_batch, in_batch_order
+from .batch import Batch, Group, build_batch, in_batch_order
 from .kv_pages import PagePool
 from .models.model import Backbone
 from .models.vision import FeatureCache
@@ -76,7 +77,7 @@ class ModelRunner:
 
         first = 0
         for last in sorted({*batch.pooled, *(group.depth for group in active)}):
-            x = _layers(backbone, active, first, last, x, angles, adapters)
+            x = _layers(backbone, batch, active, first, last, x, angles, adapters)
             first = last
             if last in batch.pooled:
                 pool_add(x, batch.pooled[last][: len(x)], sums)
@@ -164,6 +165,7 @@ def _place_features(x: Tensor, works: list[Work]) -> None:
 
 def _layers(
     backbone: Backbone,
+    batch: Batch,
     groups: list[Group],
     first: int,
     last: int,
@@ -171,15 +173,34 @@ def _layers(
     angles: tuple[Tensor, Tensor],
     adapters: ActiveAdapters | None,
 ) -> Tensor:
-    """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place."""
+    """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place. Rows of the output that nobody
+    reads may stay undefined."""
     decoder = backbone.decoder
     if decoder.native is not None:
         rows = torch.cat([group.write_rows for group in groups])
-        decoder.native.run(first, last, x, angles, rows, [group.ragged() for group in groups], adapters)
+        ragged = [group.ragged() for group in groups]
+        decoder.native.run(first, last, x, angles, rows, ragged, adapters, _wanted(batch, groups, last, len(x)))
         return x
     for layer in range(first, last):
         x = decoder.block(layer, x, angles, lambda index, qkv: _attend(backbone, groups, index, qkv), adapters)
     return x
+
+
+def _wanted(batch: Batch, groups: list[Group], last: int, rows: int) -> Tensor | None:
+    """Which of the batch's `rows` after layer `last` are read: by deeper layers, sums, logits or heads. None: all, or
+    nearly so."""
+    ending = [group for group in groups if group.depth == last]
+    if not ending or rows - ending[0].start <= 32:
+        return None
+    wanted = torch.zeros(rows, dtype=torch.bool)
+    wanted[: ending[0].start] = True
+    if last in batch.pooled:
+        wanted |= batch.pooled[last][:rows] >= 0
+    wanted[batch.logit_rows] = True
+    for group in ending:
+        scored = zip(group.works, _last_rows(group), strict=True)
+        wanted[[row for work, row in scored if work.sequence.scored]] = True
+    return wanted
 
 
 def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) -> Tensor:
@@ -194,12 +215,15 @@ def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) ->
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def _last_rows(group: Group) -> list[int]:
+    """The row of the last token of each of the group's works."""
+    return list(accumulate((work.rows for work in group.works), initial=group.start - 1))[1:]
+
+
 def _score(group: Group, x: Tensor, sums: Tensor) -> list[tuple[Sequence, float]]:
     """Scores of the group's scored sequences; x [rows, hidden] is the output of its last layer."""
     scores = []
-    last = group.start - 1
-    for work in group.works:
-        last += work.rows
+    for work, last in zip(group.works, _last_rows(group), strict=True):
         sequence, head = work.sequence, work.sequence.model.head
         if not sequence.scored:
             continue

@@ -18,6 +18,7 @@ from stockade.engine.models.decoder import Decoder, DecoderConfig
 from stockade.engine.sampling import SamplingParams, greedy
 from stockade.kernels import native
 from stockade.kernels.linear import Linear
+from stockade.kernels.lora import ActiveAdapters, LowRank
 from stockade.kernels.native import RaggedGroup, RaggedSequence
 from stockade.kernels.paged_attention import (
     LayerKV,
@@ -125,9 +126,11 @@ def test_prefill_attention(benchmark: Any, before: int) -> None:
         close(benchmark(paged_attention, q, layer, spans, DIM**-0.5), reference(q, layer, spans))
 
 
+@pytest.mark.parametrize("adapted", [0, 10, 640])
 @pytest.mark.parametrize("rows", [1, 16, 512])
-def test_native_layer(benchmark: Any, rows: int) -> None:
-    """A whole layer over a chunk behind 256 known tokens, against the same from single operations."""
+def test_native_layer(benchmark: Any, rows: int, adapted: int) -> None:
+    """A whole layer over a chunk behind 256 known tokens, against the same from single operations; at most `adapted`
+    of its rows have an adapter of rank 16 for all maps."""
     if isinstance(library := native.load(default_cache()), str):
         pytest.skip(f"native kernels: {library}")
     shape = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
@@ -143,15 +146,25 @@ def test_native_layer(benchmark: Any, rows: int) -> None:
     span = SequenceSpan(0, rows, runs, causal_mask(rows, 256 + rows, None, torch.device("cpu")) if rows > 1 else None)
     group = RaggedGroup([layer], [RaggedSequence(0, rows, 256, runs)])
 
+    maps = (
+        *(("qkv", HIDDEN, 48, 960), ("o", HIDDEN, 16, HIDDEN)),
+        *(("gate", HIDDEN, 16, FFN), ("up", HIDDEN, 16, FFN), ("down", FFN, 16, HIDDEN)),
+    )
+    updates = {
+        (0, part): LowRank(torch.randn(inputs, rank) * inputs**-0.5, torch.randn(rank, outputs) * 0.1)
+        for part, inputs, rank, outputs in maps
+    }
+    active = ActiveAdapters.of((torch.arange(rows) < adapted).long() - 1, [updates], torch.device("cpu"))
+
     def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
         write_kv(layer, places, qkv[:, HEADS:])
         return paged_attention(qkv[:, :HEADS], layer, [span], DIM**-0.5)
 
     with torch.inference_mode():
-        want, got = decoder.block(0, x.clone(), angles, attend), x.clone()
-        decoder.native.run(0, 1, got, angles, places, [group])
+        want, got = decoder.block(0, x.clone(), angles, attend, active), x.clone()
+        decoder.native.run(0, 1, got, angles, places, [group], active)
         close(got, want)
-        benchmark(decoder.native.run, 0, 1, x.clone(), angles, places, [group])
+        benchmark(decoder.native.run, 0, 1, x.clone(), angles, places, [group], active)
 
 
 def test_pooled_logit(benchmark: Any) -> None:
