@@ -250,8 +250,11 @@ class Driver:
         if step.screen is not None:
             run.screening = self._open_screen(run.sequence, step)
         leaves = step.release != "hold" and request.streaming
+        # where nothing depends on what a tap says of beginnings, the text is made at the end
+        screening = run.screening
+        follows = screening is not None and (screening.growing or screening.can_stop or step.ahead)
         assert run.sequence.sampling is not None
-        if leaves or run.screening is not None or run.sequence.sampling.stop:
+        if leaves or follows or run.sequence.sampling.stop:
             detokenizer = run.sequence.model.codec.detokenizer()
             run.output = OutputText(detokenizer, run.sequence.sampling.stop)
         if step.model == request.ahead_model:
@@ -447,7 +450,7 @@ class Driver:
                 sequence.drafter.learn(len(work.drafts), true, sequence.num_tokens)
             room = sequence.limit - sequence.num_tokens - 1
             sequence.drafts = sequence.drafter.propose(sequence.tokens, room)
-        if run.screening is not None:
+        if run.screening is not None and run.output is not None:
             self._screen_more(lane, request, run)
         elif run.output is not None:
             self._release(request, run)
@@ -468,6 +471,7 @@ class Driver:
             return True
         if run.screening is not None and run.output is not None:
             run.screening.input_characters = len(run.output.text)
+            run.screening.tokens += 1
             run.screening.waiting += 1
         if run.output is not None:
             run.output.push(token)

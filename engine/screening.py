@@ -21,8 +21,8 @@ from .sequence import Sequence
 class Screening:
     """The screen of one answer.
 
-    text: of the answer so far. waiting: tokens of the answer since the last chunk. input_characters: of the tokens
-    that were inputs of the answering model already. cleared: how many characters a beginning covers that was found
+    text, tokens: of the answer so far. waiting: tokens that no chunk covers. input_characters: of the tokens that
+    were inputs of the answering model already. cleared: how many characters a beginning covers that was found
     harmless. harmful: whether the last judged beginning was not. doomed: whether the answer is not worth finishing.
     """
 
@@ -38,6 +38,7 @@ class Screening:
         prefix = (screen.prefix_threshold, screen.threshold, spec.prefix_threshold, spec.threshold)
         self.prefix_threshold = next(value for value in prefix if value is not None)
         self.text = ""
+        self.tokens = 0
         self.waiting = 0
         self.input_characters = 0
         self.cleared = 0
@@ -86,7 +87,8 @@ class Screening:
         keep, _ = growing.append(self.text[len(growing.text) :])
         if self.closed:
             keep = min(keep, growing.close()[0])
-        self.waiting = 0
+        # what is held back, in tokens of the answer as long as its mean one
+        self.waiting = -(-(len(self.text) - growing.covers) * self.tokens // max(1, len(self.text)))
         if len(growing.ids) > self.model.context:
             raise TooLong(f"the text has {len(growing.ids):,} tokens; {self.model.name} takes {self.model.context:,}")
         vocabulary = self.model.backbone.decoder.config.vocab_size

@@ -138,7 +138,7 @@ class HarmHead(BaseHead):
         able = own.continues and MLLM in traits and own.backbone == traits[MLLM].backbone
         if self.continues and not able:
             raise InvalidGuard(f"{self.model!r} cannot continue an answer: it is no activated adapter on {MLLM!r}")
-        continues = able if self.continues is None else self.continues
+        continues = True if able and self.continues is None else self.continues
         # an activated adapter scores the end of its invocation: it has nothing to say of a text still being written
         return replace(self, template=template, continues=continues, screen=self.screen and not own.continues)
 

@@ -190,9 +190,9 @@ def test_an_activated_adapter_reads_texts_of_other_sequences_in_its_template(pla
     assert passes[3] == Score("adapter", text.segments, text.pool_from)
 
 
-def test_an_adapter_on_other_weights_screens():
-    assert HarmHead("stranger").bind(TRAITS).screening(CHAT) == Screen("stranger", ())
-    assert HarmHead("adapter", continues=False).bind(TRAITS).screening(CHAT) is not None
+def test_an_activated_adapter_never_reads_along():
+    for head in (HarmHead("stranger"), HarmHead("adapter"), HarmHead("adapter", continues=False)):
+        assert head.bind(TRAITS).screening(CHAT) is None
 
 
 def test_a_probe_is_read_off_the_answer(play):
