@@ -66,7 +66,9 @@ def run_overhead(
     variants += published_variants(mllm, sources.scores(own, engine.device), detoxifier, config.lengths)
     runs = _latencies(config, variants, questions, told)
     exposed = _exposed_tokens(engine, variants, questions)
-    lost = _saturation(engine, config, replace(questions, eyes=False), told)
+    blind = replace(questions, eyes=False)
+    lost = _saturation(engine, config, blind, told)
+    step = _probe_step(engine, config, blind, told) if "probe" in config.variants else None
     rewrites = run_rewrites(engine, RewriteConfig(config.lengths.mended, repeats=config.rewrites, seed=config.seed))
     engine.check_integrity()
     return OverheadReport(
@@ -76,6 +78,7 @@ def run_overhead(
         figures=figures(variants, runs, lost),
         rewrites=rewrites,
         exposed_tokens=exposed,
+        probe_step=step,
         chunk=2 * engine.scheduler.lane(engine.models["detector"].backbone).free_rows,
     )
 
@@ -146,3 +149,20 @@ def _saturation(
         if told:
             told("throughput", pair + 2, config.saturation_pairs + 1)
     return {name: Estimate.of(values) for name, values in lost.items()}
+
+
+def _probe_step(engine: Engine, config: OverheadConfig, questions: Questions, told: Told | None) -> Estimate:
+    """Seconds that a probe adds to a decode step: pairs of short answers, so that little else changes in between."""
+    lengths = replace(config.lengths, answer=config.step_tokens)
+    variants = [v for v in engine_variants(engine, lengths, ("probe",)) if v.path == PATHS[0]]
+    added = []
+    for pair in range(-1, config.step_pairs):
+        asked = questions.ask(questions.text())
+        steps = {
+            variant.name: variant.one(asked).step for variant in questions.random.sample(variants, len(variants))
+        }
+        if pair >= 0:
+            added.append(steps["probe"] - steps["off"])
+        if told:
+            told("steps", pair + 2, config.step_pairs + 1)
+    return Estimate.of(added)

@@ -25,32 +25,35 @@ class OverheadConfig:
     harmless and on the harmful path, and of each published pipeline; all that run in one repeat answer the same
     question of `prompt_tokens` tokens, in random order. lengths: new tokens of each pass. saturation_pairs: how often
     `concurrent` questions are answered at once, in `saturation_tokens` tokens each, without a guard and with it.
-    rewrites: forced texts."""
+    step_pairs: how often a short question is answered in `step_tokens` tokens, with and without a probe. rewrites:
+    forced texts."""
 
     variants: tuple[str, ...] = DEFAULT
-    repeats: int = 11
-    harmful_repeats: int = 5
+    repeats: int = 9
+    harmful_repeats: int = 3
     published_repeats: int = 3
     prompt_tokens: int = 64
     lengths: Lengths = field(default_factory=lambda: Lengths(128, 2, 64, 128))
     concurrent: int = 8
     saturation_pairs: int = 20
     saturation_tokens: int = 64
+    step_pairs: int = 20
+    step_tokens: int = 32
     rewrites: int = 10
     seed: int = 0
 
 
 class Figure(NamedTuple):
-    """One variant on one path, in seconds. added: over the same question's unguarded run. exposed: from the answer's
-    last token to the reply. step, step_added: of a decode step of the answer. lost: share of the throughput of many
-    requests at once; None where that was not measured."""
+    """One variant on one path, in seconds. added: over the same question's unguarded run. exposed, direct, step,
+    accepted: see `Run`; direct is beyond that of the unguarded run. lost: share of the throughput of many requests at once; None where that was not measured."""
 
     total: Spread
     added: Estimate
     baseline: float
     exposed: Spread
+    direct: Spread
     step: Spread
-    step_added: Estimate
+    accepted: Spread
     passes: tuple[str, ...]
     prompt_tokens: int
     new_tokens: int
@@ -64,30 +67,57 @@ class Figure(NamedTuple):
     def exposed_percent(self) -> float:
         return 100.0 * self.exposed.median / self.baseline
 
+    @property
+    def direct_percent(self) -> float:
+        return 100.0 * self.direct.median / self.baseline
+
+    @property
+    def cost(self) -> float:
+        """Seconds added, or known to have gone into the guard where noise hides that."""
+        return max(self.added.median, self.direct.median)
+
 
 class Goal(NamedTuple):
-    """A target: `measured` may be at most, or has to be at least, `target`."""
+    """A target: `measured` may be at most, or has to be at least, `target`. direct: what is known to have gone into
+    the guard, in the same unit."""
 
     what: str
     at_most: bool
     target: float
     unit: str
     measured: Estimate | float
-    note: str = ""
+    direct: float | None = None
+
+    @property
+    def value(self) -> float:
+        return self.measured.median if isinstance(self.measured, Estimate) else self.measured
 
     @property
     def met(self) -> bool:
-        value = self.measured.median if isinstance(self.measured, Estimate) else self.measured
+        return self._meets(self.value)
+
+    @property
+    def certain(self) -> bool:
+        """Whether all of the interval says the same."""
+        if not isinstance(self.measured, Estimate):
+            return True
+        return self._meets(self.measured.low) == self._meets(self.measured.high)
+
+    def _meets(self, value: float) -> bool:
         return value <= self.target if self.at_most else value >= self.target
 
     def to_dict(self) -> dict[str, Any]:
-        exact = isinstance(self.measured, Estimate)
-        measured = self.measured.to_dict() if isinstance(self.measured, Estimate) else round(self.measured, 4)
-        value = measured["median"] if exact and isinstance(measured, dict) else measured
-        bound = "at_most" if self.at_most else "at_least"
-        return {"what": self.what, bound: self.target, "unit": self.unit, "measured": value, "met": self.met} | (
-            {"interval": measured} if exact else {}
-        )
+        interval = [self.measured.low, self.measured.high] if isinstance(self.measured, Estimate) else None
+        return {
+            "what": self.what,
+            "at_most" if self.at_most else "at_least": self.target,
+            "unit": self.unit,
+            "measured": _round(self.value),
+            "interval": None if interval is None else [_round(bound) for bound in interval],
+            "direct": None if self.direct is None else _round(self.direct),
+            "met": self.met,
+            "certain": self.certain,
+        }
 
 
 def figures(
@@ -104,8 +134,9 @@ def figures(
             added=Estimate.of(run.seconds - base[repeat].seconds for repeat, run in mine.items()),
             baseline=Spread.of(run.seconds for run in base.values()).median,
             exposed=Spread.of(run.exposed for run in mine.values()),
+            direct=Spread.of(run.direct - base[repeat].direct for repeat, run in mine.items()),
             step=Spread.of(run.step for run in mine.values()),
-            step_added=Estimate.of(run.step - base[repeat].step for repeat, run in mine.items()),
+            accepted=Spread.of(run.accepted for run in mine.values()),
             passes=last.passes,
             prompt_tokens=last.prompt_tokens,
             new_tokens=last.new_tokens,
@@ -117,7 +148,7 @@ def figures(
 @dataclass(frozen=True)
 class OverheadReport:
     """figures: by variant, then by path. exposed_tokens: of the separate detector, after the answer's last token.
-    chunk: tokens that it reads at a time."""
+    chunk: tokens that it reads at a time. probe_step: seconds that the probe adds to a decode step."""
 
     config: OverheadConfig
     model: str
@@ -126,6 +157,7 @@ class OverheadReport:
     rewrites: RewriteReport
     exposed_tokens: int | None
     chunk: int
+    probe_step: Estimate | None
 
     def goals(self) -> list[Goal]:
         """The project's targets, as far as what they are about was measured."""
@@ -142,22 +174,25 @@ class OverheadReport:
         }
         for name, target in at_most.items():
             if name in known:
-                yield Goal(f"{name}: added, harmless", True, target, "%", known[name]["harmless"].added_percent)
+                figure = known[name]["harmless"]
+                percent = figure.direct_percent
+                yield Goal(f"{name}: added, harmless", True, target, "%", figure.added_percent, percent)
         if "protector-separate" in known:
             figure, alone = known["protector-separate"]["harmless"], known[DETECTOR_ALONE]["harmless"].total.median
             what = "protector-separate:"
-            yield Goal(f"{what} added / prefill of the answer", True, 1.25, "x", figure.added.scaled(1.0 / alone))
+            added, direct = figure.added.scaled(1.0 / alone), figure.direct.median / alone
+            yield Goal(f"{what} added / prefill of the answer", True, 1.25, "x", added, direct)
             yield Goal(f"{what} exposed", True, 1.5, "%", figure.exposed_percent)
             if self.exposed_tokens is not None:
                 yield Goal(f"{what} exposed, chunk", True, self.chunk, "tokens", self.exposed_tokens)
         if "probe" in known:
             figure = known["probe"]["harmless"]
-            yield Goal("probe: added to a decode step", True, 150.0, "us", figure.step_added.scaled(1e6))
+            if self.probe_step is not None:
+                yield Goal("probe: added to a decode step", True, 150.0, "us", self.probe_step.scaled(1e6))
             yield Goal("probe: closing row", True, 1.0, "%", figure.exposed_percent)
         for name in ("ecso", "ecso-continued"):
             if name in known:
-                theirs = known["published-ecso"]["harmless"].added.median
-                ratio = theirs / max(known[name]["harmless"].added.median, 1e-9)
+                ratio = known["published-ecso"]["harmless"].added.median / known[name]["harmless"].cost
                 yield Goal(f"{name}: times less added than published", False, 5.0, "x", ratio)
         for name in self.config.variants:
             if counterpart(name) is not None:
@@ -198,6 +233,7 @@ class OverheadReport:
             "rewrites": self.rewrites.to_dict(),
             "chunk_tokens": self.chunk,
             "exposed_tokens": self.exposed_tokens,
+            "probe_step_us": None if self.probe_step is None else self.probe_step.scaled(1e6).to_dict(),
             "targets": [goal.to_dict() for goal in self.goals()],
         }
 
@@ -209,7 +245,7 @@ class OverheadReport:
         table = Table(title=f"{self.model} {self.dtype}: {config.lengths.answer} tokens an answer, medians")
         for heading in ("variant", "path", "passes"):
             table.add_column(heading)
-        for heading in ("n", "tokens in, out", "ms", "added ms", "%", "exposed ms", "step ms", "lost %"):
+        for heading in ("n", "tokens in, out", "ms", "added ms", "%", "direct ms", "exposed ms", "step ms", "lost %"):
             table.add_column(heading, justify="right")
         for name, paths in self.figures.items():
             for path, figure in paths.items():
@@ -222,6 +258,7 @@ class OverheadReport:
                     f"{1e3 * figure.total.median:,.0f}",
                     f"{1e3 * figure.added.median:,.1f}",
                     f"{figure.added_percent.median:.1f}",
+                    f"{1e3 * figure.direct.median:.1f}",
                     f"{1e3 * figure.exposed.median:.1f}",
                     f"{1e3 * figure.step.median:.2f}",
                     "" if figure.lost is None else f"{100.0 * figure.lost.median:.1f}",
@@ -232,19 +269,20 @@ class OverheadReport:
     def _targets(self) -> Table:
         table = Table(title="targets")
         table.add_column("what")
-        for heading in ("target", "measured (95 % interval)", "met"):
+        for heading in ("target", "measured (95 % interval)", "direct", "met"):
             table.add_column(heading, justify="right")
         for goal in self.goals():
             sign = "≤" if goal.at_most else "≥"
             measured = str(goal.measured) if isinstance(goal.measured, Estimate) else f"{goal.measured:,.2f}"
-            met = "yes" if goal.met else "no"
-            table.add_row(goal.what, f"{sign} {goal.target:g} {goal.unit}", measured, met)
+            met = ("yes" if goal.met else "no") + ("" if goal.certain else ", perhaps")
+            direct = "" if goal.direct is None else f"{goal.direct:,.2f}"
+            table.add_row(goal.what, f"{sign} {goal.target:g} {goal.unit}", measured, direct, met)
         return table
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
     added, percent = figure.added.scaled(1e3), figure.added_percent
-    step, lost = figure.step_added.scaled(1e6), figure.lost
+    lost = figure.lost
     return {
         "n": figure.total.n,
         "total_ms": _round(1e3 * figure.total.median),
@@ -257,8 +295,9 @@ def _plain(figure: Figure) -> dict[str, Any]:
         "exposed_ms": _round(1e3 * figure.exposed.median),
         "exposed_percent": _round(figure.exposed_percent),
         "step_ms": _round(1e3 * figure.step.median),
-        "step_added_us": _round(step.median),
-        "step_added_us_interval": [_round(step.low), _round(step.high)],
+        "direct_ms": _round(1e3 * figure.direct.median),
+        "direct_percent": _round(figure.direct_percent),
+        "accepted_drafts": figure.accepted.median,
         "lost_throughput_percent": None if lost is None else lost.scaled(100.0).to_dict(),
         "passes": list(figure.passes),
         "prompt_tokens": figure.prompt_tokens,

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..engine.chat import Chat
 from ..engine.engine import Engine
-from ..engine.guards import Detoxify, Guard
+from ..engine.guards import Detoxify
 from ..engine.models.loader import ModelSet
+from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode
+from ..engine.request import Outcome
 from ..engine.runner import ModelRunner, StepResult
 from ..engine.sampling import SamplingParams
 from ..engine.scheduler import Lane, Work
 from .estimates import Estimate
 from .report import WrongPath
-from .variants import THRESHOLDS
 from .workload import question
 
 _BIAS = 1e4  # above any logit
@@ -29,29 +31,25 @@ _SPAN = 8  # tokens that are changed together: a phrase
 
 
 class ForcedRunner(ModelRunner):
-    """A runner whose logits say the next token of a given text, by the label of the pass. It computes all the same.
+    """A runner whose logits say the next token of `target`, for the one pass that runs. It computes all the same.
 
-    steps: how often each label's pass was computed so far.
+    steps: that it ran so far.
     """
 
     def __init__(self, engine: Engine, feature_bytes: int = 1 << 20) -> None:
         super().__init__(engine.pool, engine.lanes, feature_bytes)
-        self.targets: Mapping[str, list[int]] = {}
-        self.steps: dict[str, int] = {}
+        self.target: list[int] = []
+        self.steps = 0
 
     @torch.inference_mode()
     def run(self, lane: Lane, works: list[Work]) -> StepResult:
         result = super().run(lane, works)
-        for label in {work.sequence.record.label for work in works}:
-            self.steps[label] = self.steps.get(label, 0) + 1
-        first = 0
+        self.steps += 1
         for work in result.works:
             assert result.logits is not None
-            target = self.targets[work.sequence.record.label]
             said = work.sequence.num_tokens - work.sequence.prompt_tokens
-            for row in range(min(1 + len(work.drafts), len(target) - said)):
-                result.logits[first + row, target[said + row]] += _BIAS
-            first += 1 + len(work.drafts)
+            for row, token in enumerate(self.target[said : said + 1 + len(work.drafts)]):
+                result.logits[row, token] += _BIAS
         return result
 
 
@@ -80,6 +78,18 @@ class RewriteReport:
         }
 
 
+@dataclass(frozen=True)
+class _MendOnly:
+    """No guard: its remedy alone, on a given text."""
+
+    remedy: Detoxify
+    text: str
+
+    def run(self, chat: Chat, traits: Mapping[str, ModelTraits], release: ReleaseMode = "verdict") -> Loop:
+        answer = yield from self.remedy.mend(chat, Answer(self.text))
+        return Decision(answer, Outcome.UNGUARDED)
+
+
 class _Rewritten(NamedTuple):
     steps: int
     seconds: float
@@ -103,13 +113,9 @@ def run_rewrites(engine: Engine, config: RewriteConfig) -> RewriteReport:
     The detoxifier of `engine` gives both texts. Raises `WrongPath` where a rewrite is not its target.
     """
     detoxifier = engine.models["detoxifier"]
-    models = {
-        "mllm": replace(detoxifier, name="mllm"),
-        "detoxifier": detoxifier,
-        "detector": engine.models["detector"],
-    }
     dtype = detoxifier.backbone.decoder.dtype
-    forced = Engine(models=ModelSet(models, engine.device, dtype), kv_bytes=256 << 20)
+    models = ModelSet({"mllm": replace(detoxifier, name="mllm")}, engine.device, dtype)
+    forced = Engine(models=models, kv_bytes=256 << 20)
     runner = ForcedRunner(forced)
     forced.runner = forced.driver.runner = runner
     random = Random(config.seed)
@@ -164,16 +170,12 @@ def _ids(tokenizer: Any, tokens: int, random: Random) -> list[int]:
 def _rewrite(engine: Engine, runner: ForcedRunner, original: list[int], target: list[int], drafts: int) -> _Rewritten:
     engine.pool.clear_cache()
     sampling = SamplingParams(max_tokens=len(original), ignore_eos=True)
-    guard = replace(
-        Guard.protector(threshold=THRESHOLDS["harmful"], max_rounds=1),
-        remedy=Detoxify(sampling=sampling, draft_tokens=drafts),
-        recheck=False,
-    )
-    runner.targets = {"answer": original, "rewrite": target}
-    runner.steps = {}
-    (reply,) = engine.chat(["?"], guard=guard, sampling=sampling)
+    text = engine.models["mllm"].codec.decode(original)
+    mend = _MendOnly(Detoxify("mllm", chat_template=False, sampling=sampling, draft_tokens=drafts), text)
+    runner.target, runner.steps = target, 0
+    (reply,) = engine.chat(["?"], guard=mend)
     last = reply.passes[-1]
     if last.label != "rewrite" or last.token_ids != target:
         raise WrongPath(f"a forced rewrite ended as {last.label} ({last.error}), or is not its target")
     accepted = last.accepted / last.drafted if last.drafted else 0.0
-    return _Rewritten(runner.steps["rewrite"], last.seconds, accepted)
+    return _Rewritten(runner.steps, last.seconds, accepted)

@@ -45,7 +45,9 @@ DEFAULT = ("protector-separate", "protector-adapter", "probe", "ecso", "ecso-con
 class Run(NamedTuple):
     """One measured run: seconds and the work that was done in them.
 
-    exposed: seconds from the answer's last token to the reply. step: seconds of a decode step, median.
+    exposed: seconds from the answer's last token to the reply. direct: seconds of steps that did nothing of the
+    answer itself, and of the guard's loop and preparing passes; what a guard's rows cost in the answer's own steps is
+    not in it. step: seconds of a decode step, median. accepted: drafts that came true.
     """
 
     seconds: float
@@ -53,7 +55,9 @@ class Run(NamedTuple):
     prompt_tokens: int
     new_tokens: int
     exposed: float = 0.0
+    direct: float = 0.0
     step: float = 0.0
+    accepted: int = 0
 
 
 class Variant(NamedTuple):
@@ -233,7 +237,9 @@ def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guar
             sum(record.prompt_tokens for record in reply.passes),
             sum(len(record.token_ids) for record in reply.passes),
             closing + reply.trace.guard,
+            reply.trace.overhead + _beside(engine.recorder),
             _step(engine.recorder),
+            sum(record.accepted for record in reply.passes),
         )
 
     many = None if name.endswith(AS_PUBLISHED) else lambda asked: answer(asked)[0]
@@ -244,6 +250,15 @@ def _step(recorder: Recorder) -> float:
     """Seconds from one decode step of an answer to the next, the median: most steps do nothing else."""
     steps = (step for step in recorder.steps if any((w.label, w.role) == ("answer", "decode") for w in step.works))
     return median(later.began - step.began for step, later in pairwise(steps))
+
+
+def _beside(recorder: Recorder) -> float:
+    """Seconds of the steps that had no part of an answer's prompt or decoding in them."""
+    return sum(
+        step.ended - step.began
+        for step in recorder.steps
+        if not any(w.label == "answer" and w.role in ("prefill", "decode") for w in step.works)
+    )
 
 
 @dataclass(frozen=True)
@@ -297,7 +312,8 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
                 tuple(ran.label for ran in reply.passes),
                 sum(ran.prompt_tokens for ran in reply.passes),
                 sum(ran.new_tokens for ran in reply.passes),
-                sum(ran.seconds for ran in reply.passes[1:]),
+                exposed=sum(ran.seconds for ran in reply.passes[1:]),
+                direct=sum(ran.seconds for ran in reply.passes[1:]),
             )
 
         return Variant(name, TRANSFORMERS, path, one)

@@ -108,21 +108,21 @@ def test_added_latency_is_a_difference_of_pairs() -> None:
     def variant(name: str, baseline: str, path: str = "harmless") -> Variant:
         return Variant(name, baseline, path, lambda asked: Run(0.0, (), 0, 0))
 
-    def runs(**seconds: float) -> dict[int, Run]:
-        return {int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, value / 10) for repeat, value in seconds.items()}
+    def runs(direct: float = 0.0, **seconds: float) -> dict[int, Run]:
+        return {int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, direct) for repeat, value in seconds.items()}
 
     variants = [variant("off", "off"), variant("guard", "off"), variant("guard", "off", "harmful")]
     measured = {
         ("off", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
         ("guard", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
-        ("guard", "harmful"): runs(r1=5.0, r2=10.0),  # the rarer path ran in some repeats only
+        ("guard", "harmful"): runs(2.0, r1=5.0, r2=10.0),  # the rarer path ran in some repeats only
     }
     made = figures(variants, measured, {"guard": Estimate.of([0.25])})
     harmful = made["guard"]["harmful"]
     assert harmful.added == Estimate(2, 1.0, 1.0, 1.0)  # whatever the questions cost
     assert harmful.added_percent.median == pytest.approx(25.0)
     assert harmful.exposed_percent == pytest.approx(12.5)
-    assert harmful.step_added.median == pytest.approx(0.1)
+    assert harmful.cost == 2.0  # it is known to have gone into the guard, whatever noise makes of the difference
     assert harmful.lost is None and made["guard"]["harmless"].lost == Estimate.of([0.25])
     assert made["guard"]["harmless"].added.median == 0.0
 
@@ -140,7 +140,10 @@ def test_an_estimate_has_the_median_and_its_interval() -> None:
 
 def test_a_goal_is_met_at_its_bound() -> None:
     assert Goal("", True, 2.0, "%", 2.0).met and not Goal("", True, 2.0, "%", 2.1).met
-    assert Goal("", False, 3.0, "x", Estimate(1, 3.0, 2.0, 4.0)).met and not Goal("", False, 3.0, "x", 2.9).met
+    assert Goal("", False, 3.0, "x", 3.0).met and not Goal("", False, 3.0, "x", 2.9).met
+    wide, narrow = Estimate(9, 3.1, 2.0, 4.0), Estimate(9, 3.1, 3.05, 4.0)
+    assert Goal("", False, 3.0, "x", wide).met and not Goal("", False, 3.0, "x", wide).certain
+    assert Goal("", False, 3.0, "x", narrow).certain
 
 
 @pytest.mark.parametrize("path", ["harmless", "harmful"])
