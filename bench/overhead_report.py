@@ -45,7 +45,8 @@ class OverheadConfig:
 
 class Figure(NamedTuple):
     """One variant on one path, in seconds. added: over the same question's unguarded run. exposed, direct, step,
-    accepted: see `Run`; direct is beyond that of the unguarded run. lost: share of the throughput of many requests at once; None where that was not measured."""
+    accepted: see `Run`; direct is beyond that of the unguarded run. lost: share of the throughput of many requests at
+    once; None where that was not measured."""
 
     total: Spread
     added: Estimate
