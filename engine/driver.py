@@ -252,7 +252,7 @@ class Driver:
         leaves = step.release != "hold" and request.streaming
         # where nothing depends on what a tap says of beginnings, the text is made at the end
         screening = run.screening
-        follows = screening is not None and (screening.growing or screening.can_stop or step.ahead)
+        follows = screening is not None and (screening.growing or screening.can_stop)
         assert run.sequence.sampling is not None
         if leaves or follows or run.sequence.sampling.stop:
             detokenizer = run.sequence.model.codec.detokenizer()
@@ -540,7 +540,7 @@ class Driver:
         if screening.error is None:
             if screening.screen.before is None:
                 every = screening.screen.chunk or TAP_EVERY
-                if screening.waiting >= every and (step.release == "window" or step.ahead or screening.can_stop):
+                if screening.waiting >= every and (step.release == "window" or screening.can_stop):
                     screening.waiting = 0
                     screening.judge(self.runner.tapped_score(lane, run.sequence), screening.input_characters)
                     self._judged(request, run)
