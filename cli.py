@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -16,6 +16,8 @@ from .bench.commands import app as bench_app
 from .engine.errors import BadInput, InvalidGuard, StockadeError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from .engine.engine import Engine
     from .engine.guards import Guard
     from .engine.models.loader import Source
@@ -358,13 +360,7 @@ def probe(
 
     console = Console(highlight=False)
     with Progress(console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def told(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=of)
-            progress.update(tasks[what], completed=done, total=of)
-
+        told = _told(progress)
         card = fit_probe(
             data, out, model=model, template=template, layers=layer, seed=seed, limit=limit, progress=told
         )
@@ -372,7 +368,42 @@ def probe(
     console.print(f"Written: {out}")
 
 
+@train_app.command()
+def cascade(
+    data: Annotated[Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the data sets.")],
+    model: ModelOption = "smol",
+    budget: Annotated[float, typer.Option("--budget", help="Share of harmless answers that may be flagged.")] = 0.05,
+    asked: Annotated[float, typer.Option("--asked", help="Share of them that the detector may read.")] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split into parts and halves.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Texts of each kind at most.")] = None,
+) -> None:
+    """Calibrate a cascade of a bundle's probe and detector, and measure it beside each alone."""
+    from rich.markdown import Markdown
+    from rich.progress import Progress
+
+    from .train.cascade import measure_cascade
+
+    console = Console(highlight=False)
+    with Progress(console=console) as progress:
+        report = measure_cascade(
+            data, model=model, budget=budget, asked=asked, seed=seed, limit=limit, progress=_told(progress)
+        )
+    console.print(Markdown(report.to_markdown()))
+
+
 # What the commands share.
+
+
+def _told(progress: Progress) -> Callable[[str, int, int], None]:
+    """Shows what is told of (what is under way, how much is done, how much there is), a bar each."""
+    tasks: dict[str, Any] = {}
+
+    def told(what: str, done: int, of: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=of)
+        progress.update(tasks[what], completed=done, total=of)
+
+    return told
 
 
 def _engine(

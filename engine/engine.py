@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, get_args
 
@@ -42,8 +43,9 @@ class Engine:
     """Answers chats with a model, under a guard, many at a time.
 
     model, detector, detoxifier: a checkpoint folder, a GGUF file, a bundle ("smol"), a named shape with random
-    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair. A bundle brings its own detector and
-    detoxifier. `models` takes their place when they are loaded already; engines may share them.
+    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair. probe: a file with a head fitted on the
+    states that the model has while it answers. A bundle brings its own detector, detoxifier and probe. `models`
+    takes their place when they are loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
     multiplies it, fp32 elsewhere. kv_bytes: size of the page pool; None takes a quarter of what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
@@ -57,6 +59,7 @@ class Engine:
         detector: Source | None = None,
         detoxifier: Source | None = None,
         *,
+        probe: str | Path | None = None,
         models: ModelSet | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -76,7 +79,7 @@ class Engine:
         if models is None:
             if model is None:
                 raise BadInput("name a model: a checkpoint folder, a GGUF file, a bundle or a named shape")
-            models = load_models(model, detector, detoxifier, device=device, dtype=dtype)
+            models = load_models(model, detector, detoxifier, probe, device=device, dtype=dtype)
         cuda = models.device.type == "cuda"
         self.models = models.models
         self.device = models.device

@@ -67,8 +67,8 @@ class Screen:
 class Ahead:
     """A prompt that will follow the answer if that is harmful, as a function of the answer's text.
 
-    What of it is known is computed beside the decoding once a beginning, as a screen judged it that reads along or may
-    stop the answer, is harmful; in rows that cost the step nothing.
+    What of it is known is computed beside the decoding once a screen that reads along finds a beginning harmful, in
+    rows that cost the step nothing.
     """
 
     model: str

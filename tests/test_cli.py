@@ -61,7 +61,7 @@ def test_help_and_version_do_without_the_heavy_imports() -> None:
     assert re.fullmatch(r"stockade \d+\.\d+\.\d+\n", run("--version").output)
 
 
-@pytest.mark.parametrize("command", [["demo"], ["chat"], ["generate"], ["train", "probe"]])
+@pytest.mark.parametrize("command", [["demo"], ["chat"], ["generate"], ["train", "probe"], ["train", "cascade"]])
 def test_every_command_has_help(command: list[str]) -> None:
     shown = run(*command, "--help")
     assert shown.exit_code == 0

@@ -6,10 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ..engine.models.heads import HeadSpec
+from ..engine.models.heads import IN_CONTEXT, HeadSpec
 from .data import SETS, Kind, Part, Source
+from .features import FIRST_BEGINNING, NEXT_BEGINNING
 
 Pooling = Literal["last", "mean"]
+
+# Of each template: what its head is, what it reads, and what it knows.
+READS = {
+    "response": ("Harm detector", "the answer alone", "it sees neither the question nor the image"),
+    IN_CONTEXT: (
+        "Probe",
+        "the tokens of the model's own answer, behind its chat prompt",
+        "GPTFuzz and JailbreakBench's questions stand in their plain form, without the jailbreak that was put around "
+        "them, and the answers are those of other models",
+    ),
+}
 
 
 class Candidate(NamedTuple):
@@ -34,12 +46,18 @@ class Quality(NamedTuple):
 
 
 class Flagged(NamedTuple):
-    """How many test answers of one source and kind the threshold flags."""
+    """What the thresholds flag of the test answers of one source and kind.
+
+    share: of whole answers. early: of answers of which a beginning is below the prefix threshold. tokens: where that
+    is so, the median length of the shortest such beginning.
+    """
 
     source: Source
     kind: Kind
     answers: int
     share: float
+    early: float
+    tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -47,9 +65,10 @@ class Card:
     """Everything a user of the head should know. Scores are P(harmless): harmful below `spec.threshold`.
 
     penalty: L2 weight. limit: of texts of each source, part and kind; None for a full run. train_tokens: to which
-    training texts were cut. helpful_weight: of a helpful answer in the fit. helpful_flagged: share of them below the
-    threshold. candidates: the best penalty of each layer and pooling. unseen: train and validation part together, by
-    fits that saw no answer of the same question. seconds: of the whole command.
+    training texts were cut. helpful_weight: of a helpful answer in the fit. helpful_flagged: share of helpful answers
+    below the threshold; beginning_flagged: share of harmless ones with a beginning below the prefix threshold.
+    candidates: the best penalty of each layer and pooling. unseen: train and validation part together, by fits that
+    saw no answer of the same question.
     """
 
     model: str
@@ -60,43 +79,51 @@ class Card:
     train_tokens: int
     helpful_weight: float
     helpful_flagged: float
+    beginning_flagged: float
     sizes: dict[tuple[Source, Part, Kind], int]
     candidates: list[Candidate]
     unseen: Quality
     test: Quality
     flagged: list[Flagged]
     versions: str
-    seconds: float
 
     def to_markdown(self) -> str:
         spec = self.spec
         limited = (
             "" if self.limit is None else f" A trial run: at most {self.limit} texts of each set, part and kind."
         )
+        title, reads, knows = READS[spec.template]
         paragraphs = [
-            f"# Harm detector on {self.model}",
-            f"One logit on the {spec.pooling} hidden state after layer {spec.layer} of the frozen model, over the "
-            f"answer alone (template `{spec.template}`). The score is P(harmless); an answer is harmful when its "
+            f"# {title} on {self.model}",
+            f"One logit on the {spec.pooling} hidden state after layer {spec.layer} of the frozen model, over "
+            f"{reads} (template `{spec.template}`). The score is P(harmless); an answer is harmful when its "
             f"score is below {spec.threshold:g}. The bias was set so that {self.helpful_flagged:.2%} of the helpful "
             "answers, scored by fits that saw no answer to the same question, fall below it: the score ranks, it is "
             f"no calibrated probability.{limited}",
-            "A small probe on a small model, no substitute for a trained guard model. It knows English answers of "
-            "chat models; it sees neither the question nor the image; it was not tested on answers written to "
-            "deceive it; and it clears nearly every text of a few tokens, whatever that says.",
+            *self._beginnings(),
+            f"A small probe on a small model, no substitute for a trained guard model. It knows English answers of "
+            f"chat models; {knows}; it was not tested on answers written to deceive it; and it clears nearly every "
+            "text of a few tokens, whatever that says.",
             "## Data",
             self._data(),
             "A text counts once, in the first part it appears in; case and white space make no difference. Split by "
-            f"question (GPTFuzz, AlpacaEval) and by behavior (JailbreakBench), never by answer; seed {self.seed}. "
-            "GPTFuzz's test part is its published evaluation file without the texts that also stand in the training "
-            f"file. Training texts are cut to {self.train_tokens} tokens; all others are whole. In the fit a helpful "
-            f"answer counts {self.helpful_weight:g} times.",
+            "question (GPTFuzz, AlpacaEval, XSTest) and by behavior (JailbreakBench), never by answer; seed "
+            f"{self.seed}. GPTFuzz's test part is its published evaluation file without the texts that also stand in "
+            f"the training file. Training texts are cut to {self.train_tokens} tokens; all others are whole. "
+            f"In the fit a helpful answer counts {self.helpful_weight:g} times. The answers to XSTest's safe "
+            "prompts, which look alarming and are not, are the model's own, greedy, and nobody checked them.",
             "## Quality",
             "Harmful against refusing answers of GPTFuzz:",
             self._quality(),
-            "Flagged at the threshold in the test part (of the harmful answers all should be, of the others none):",
+            "Flagged in the test part (of the harmful answers all should be, of the others none): whole answers at "
+            "the threshold; answers of which some beginning is below the prefix threshold; and the median length of "
+            "the first such beginning.",
             _table(
-                ("kind of answer", "set", "answers", "flagged"),
-                [(row.kind, row.source, row.answers, f"{row.share:.1%}") for row in self.flagged],
+                ("kind of answer", "set", "answers", "flagged", "a beginning is", "after tokens"),
+                [
+                    (row.kind, row.source, row.answers, f"{row.share:.1%}", f"{row.early:.1%}", _count(row.tokens))
+                    for row in self.flagged
+                ],
             ),
             "## Choice",
             "AUROC of harmful against all harmless answers in the validation part after a fit on the training part, "
@@ -106,9 +133,21 @@ class Card:
                 ("layer", "pooling", "penalty", "AUROC"),
                 [(c.layer, c.pooling, f"{c.penalty:g}", f"{c.auroc:.4f}") for c in self.candidates],
             ),
-            f"Made by `stockade train probe` with {self.versions}. Backbone: `{spec.backbone_hash}`.",
+            f"Made by `stockade train probe --template {spec.template}` with {self.versions}. Backbone: "
+            f"`{spec.backbone_hash}`.",
         ]
         return "\n\n".join(paragraphs) + "\n"
+
+    def _beginnings(self) -> list[str]:
+        threshold = self.spec.prefix_threshold
+        if threshold is None:
+            return []
+        return [
+            f"A beginning of an answer that is still being written is harmful below {threshold:.4f}, the prefix "
+            f"threshold: {self.beginning_flagged:.1%} of the harmless answers, scored by fits that saw no answer to "
+            f"the same question, have a beginning below it, of {FIRST_BEGINNING} tokens, {NEXT_BEGINNING} more, and "
+            "so on."
+        ]
 
     def _data(self) -> str:
         rows: list[tuple[object, ...]] = []
@@ -124,6 +163,10 @@ class Card:
             rows.append((where, quality.harmful, quality.harmless, f"{quality.auroc:.4f}", *shares))
         head = ("part", "harmful", "harmless", "AUROC", "TPR at 1 % FPR", "TPR at 5 % FPR", "TPR at the threshold")
         return _table(head, rows)
+
+
+def _count(tokens: float | None) -> str:
+    return "" if tokens is None else f"{tokens:.0f}"
 
 
 def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

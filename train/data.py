@@ -1,4 +1,4 @@
-"""The texts a probe is fitted and measured on: read, freed of duplicates, split by question and by behavior.
+"""The texts a head is fitted and measured on: read, freed of duplicates, split by question and by behavior.
 
 Three kinds, always: harmful answers, refusing ones, and harmlessly helpful ones. Nothing is downloaded here.
 """
@@ -45,6 +45,7 @@ class Source(StrEnum):
     GPTFUZZ = "GPTFuzz"
     JAILBREAKBENCH = "JailbreakBench"
     ALPACA_EVAL = "AlpacaEval answers"
+    XSTEST = "XSTest, answered by the model"
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,28 @@ SETS = {
     Source.ALPACA_EVAL: SetInfo(
         "alpaca-eval", "Apache-2.0", "three models' answers to AlpacaEval's 805 instructions"
     ),
+    Source.XSTEST: SetInfo("xstest", "CC-BY-4.0", "github.com/paul-rottger/xstest, its safe prompts"),
 }
 
 # Shares of the groups that train and validate; the rest tests. GPTFuzz publishes its test questions as a file.
-SHARES = {Source.GPTFUZZ: (0.8, 0.2), Source.JAILBREAKBENCH: (0.6, 0.2), Source.ALPACA_EVAL: (0.5, 0.2)}
+SHARES = {
+    Source.GPTFUZZ: (0.8, 0.2),
+    Source.JAILBREAKBENCH: (0.6, 0.2),
+    Source.ALPACA_EVAL: (0.5, 0.2),
+    Source.XSTEST: (0.5, 0.2),
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer. group: its question or behavior; all answers of a group are in one part."""
+    """One answer. group: of its question or behavior; all answers of a group are in one part. question: as the user
+    asked it, without what a jailbreak put around it."""
 
     text: str
     kind: Kind
     source: Source
     group: str
+    question: str
     part: Part = Part.TEST
 
     @property
@@ -99,6 +108,14 @@ def read_examples(data: Path, *, seed: int = 0, limit: int | None = None) -> lis
     helpful = _split(list(_alpaca_eval(data)), Source.ALPACA_EVAL, seed)
     # The first to come keeps a text: what trains is dropped from what tests, never the other way round.
     return _at_most(limit, unique([*train, *test, *jailbreaks, *helpful]))
+
+
+def read_questions(data: Path, *, seed: int = 0, limit: int | None = None) -> list[Example]:
+    """Questions that look alarming and are not, each in its part: examples whose text the model has yet to give.
+
+    Raises `DataMissing` and `DataInvalid`.
+    """
+    return _at_most(limit, _split(list(_xstest(data)), Source.XSTEST, seed))
 
 
 def unique(examples: Iterable[Example]) -> list[Example]:
@@ -142,15 +159,15 @@ def _at_most(limit: int | None, examples: list[Example]) -> list[Example]:
 def _gptfuzz(data: Path, name: str) -> Iterator[Example]:
     path = data / SETS[Source.GPTFUZZ].folder / name
     kinds = {"0": Kind.REFUSING, "1": Kind.HARMFUL}
-    try:
-        rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), strict=True))
-    except csv.Error as error:
-        raise DataInvalid(f"{path} is not a CSV file: {error}") from None
-    for number, row in enumerate(rows, 1):
+    asked = {row.get("index"): row.get("text") for row in _csv_rows(path.with_name("question_list.csv"))}
+    for number, row in enumerate(_csv_rows(path), 1):
         question, response, label = (row.get(field) for field in ("question", "Response", "label"))
         if not question or response is None or label not in kinds:
             raise DataInvalid(f"{path}, row {number}: needs question, Response, and a label of 0 or 1 (= harmful)")
-        yield Example(response.strip(), kinds[label], Source.GPTFUZZ, question)
+        text = asked.get(question)
+        if not text:
+            raise DataInvalid(f"{path}, row {number}: question {question} is not in question_list.csv (index, text)")
+        yield Example(response.strip(), kinds[label], Source.GPTFUZZ, question, text)
 
 
 def _jailbreakbench(data: Path) -> Iterator[Example]:
@@ -166,8 +183,8 @@ def _jailbreakbench(data: Path) -> Iterator[Example]:
         ):
             raise DataInvalid(f"{path}, line {number}: needs behavior, question, response, and harmful (true, false)")
         first = group.setdefault(_key(question), _key(behavior))
-        kind = Kind.HARMFUL if harmful else Kind.REFUSING
-        yield Example(response.strip(), kind, Source.JAILBREAKBENCH, group.setdefault(_key(behavior), first))
+        kind, its = Kind.HARMFUL if harmful else Kind.REFUSING, group.setdefault(_key(behavior), first)
+        yield Example(response.strip(), kind, Source.JAILBREAKBENCH, its, question)
 
 
 def _alpaca_eval(data: Path) -> Iterator[Example]:
@@ -176,7 +193,24 @@ def _alpaca_eval(data: Path) -> Iterator[Example]:
         question, response = row.get("question"), row.get("response")
         if not isinstance(question, str) or not isinstance(response, str):
             raise DataInvalid(f"{path}, line {number}: needs question and response")
-        yield Example(response.strip(), Kind.HELPFUL, Source.ALPACA_EVAL, _key(question))
+        yield Example(response.strip(), Kind.HELPFUL, Source.ALPACA_EVAL, _key(question), question)
+
+
+def _xstest(data: Path) -> Iterator[Example]:
+    path = data / SETS[Source.XSTEST].folder / "xstest_prompts.csv"
+    for number, row in enumerate(_csv_rows(path), 1):
+        question, label = row.get("prompt"), row.get("label")
+        if not question or label not in ("safe", "unsafe"):
+            raise DataInvalid(f"{path}, row {number}: needs prompt, and a label of safe or unsafe")
+        if label == "safe":
+            yield Example("", Kind.HELPFUL, Source.XSTEST, _key(question), question)
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        return list(csv.DictReader(io.StringIO(_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise DataInvalid(f"{path} is not a CSV file: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,7 +1,7 @@
-"""Fits the detector that `smol` brings: one logit on pooled hidden states of the frozen model.
+"""Fits the detector and the probe that `smol` brings: one logit on pooled hidden states of the frozen model.
 
 The model itself is not trained. Layer, pooling and penalty are chosen on the validation part. The head is then fitted
-on both parts, with its threshold from scores of folds it did not see; the test part is looked at once, for the card.
+on both parts, with its thresholds from scores of folds it did not see; the test part is looked at once, for the card.
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import exp
 from pathlib import Path
-from time import perf_counter
-from typing import NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..engine.engine import Engine
 from ..engine.errors import BadInput, CacheWriteFailed
 from ..engine.models.bundles import smol_folder
-from ..engine.models.heads import Head, HeadSpec, save_head
-from ..engine.models.loader import BUNDLES, load_models
+from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, save_head
+from ..engine.models.loader import BUNDLES, ModelSet, load_models
 from ..engine.models.model import Model
+from ..engine.sampling import SamplingParams
+from .beginnings import found_after, prefix_threshold
 from .card import Candidate, Card, Flagged, Pooling, Quality
-from .data import DataInvalid, Example, Kind, Part, Source, read_examples, sizes
-from .features import Features, pooled_states
+from .data import DataInvalid, Example, Kind, Part, Source, read_examples, read_questions, sizes, unique
+from .features import Features, passage, pooled_states
+from .fit import Fit, auroc, fit_logistic, threshold_at
+from .sample import Sample
 
 Progress = Callable[[str, int, int], None]
 """(what is under way, how much is done, how much there is)."""
@@ -35,8 +39,11 @@ TRAIN_TOKENS = 256  # of a training text; validation and test texts are whole, a
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # L2, on standardized features; strongest first
 HELPFUL_WEIGHT = 6.0  # of a helpful answer in the fit, a refusing or harmful one counts 1
 HELPFUL_FLAGGED = 0.0125  # share of helpful answers that the threshold flags
+BEGINNING_FLAGGED = 0.01  # share of harmless answers of which the prefix threshold flags a beginning
+OWN_TOKENS = 96  # of an answer that the model itself gives
 TIE = 0.001  # of AUROC: within it the lowest layer wins, since the detector runs no further than that
-FOLDS = 5  # of the final fit, for its threshold
+FOLDS = 5  # of the final fit, for its thresholds
+POOLINGS: dict[str, tuple[Pooling, ...]] = {"response": ("last", "mean"), IN_CONTEXT: ("mean",)}  # by template
 
 
 def fit_probe(
@@ -44,6 +51,7 @@ def fit_probe(
     out: Path,
     *,
     model: str | Path = "smol",
+    template: str = "response",
     layers: Sequence[int] | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -51,42 +59,61 @@ def fit_probe(
 ) -> Card:
     """Fit a head on the answers under `data` and write it to `out`, its card beside it as Markdown.
 
-    model: "smol", or a checkpoint folder whose head it becomes. layers: to choose from; None takes every other one
-    of the model's middle third. seed: of the split. limit: at most so many texts of each source, part and kind.
+    model: "smol", or a checkpoint folder whose head it becomes. template: "response" for a detector, which reads the
+    answer's text alone; "context" for a probe, which reads the answer's tokens as the model itself has them, behind
+    its prompt. layers: to choose from, those of a probe below the last; None takes every other one of the model's
+    middle third. seed: of the split. limit: at most so many texts of each source, part and kind.
     The same data, model, seed and machine give the same head.
     Raises `DataMissing`, `DataInvalid`, `BadInput`, or a `CheckpointError`.
     """
-    began = perf_counter()
     data, out = Path(data), Path(out)
     if out.suffix != ".safetensors" or out.is_dir():
         raise BadInput(f"a head is written to a file that ends in .safetensors, not to {out}")
     if limit is not None and limit < 1:
         raise BadInput(f"limit must be at least 1, not {limit}")
+    if template not in POOLINGS:
+        raise BadInput(f"a head is fitted on one of the templates {', '.join(POOLINGS)}, not on {template!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{out.parent} cannot be made a folder: {error}") from None
     examples = read_examples(data, seed=seed, limit=limit)
+    questions = read_questions(data, seed=seed, limit=limit)
     _check(examples)
-    base = load_models(smol_folder() if str(model) in BUNDLES else model).models["mllm"]
-    chosen = _layers(layers, base.depth)
+    models = load_models(smol_folder() if str(model) in BUNDLES else model)
+    base = models.models["mllm"]
+    chosen = _layers(layers, base.depth, template)
+    examples = unique([*examples, *_answered(models, questions, progress)])
     parts = {part: [example for example in examples if example.part is part] for part in Part}
-    features = {
-        part: _features(base, part, [example.text for example in some], chosen, progress)
-        for part, some in parts.items()
+    features = {part: _features(base, template, part, some, chosen, progress) for part, some in parts.items()}
+    samples = {
+        (layer, pooling): {part: Sample.of(parts[part], features[part], layer, pooling) for part in Part}
+        for layer in chosen
+        for pooling in POOLINGS[template]
     }
-    candidates = _candidates(features, parts, chosen, progress)
+    candidates = _candidates(samples, progress)
     layer, pooling, penalty, _ = choose(candidates)
-    fitted = parts[Part.TRAIN] + parts[Part.VALIDATION]
-    states = torch.cat([features[part].of(layer, pooling) for part in (Part.TRAIN, Part.VALIDATION)])
-    fit = _fit(states, fitted, (penalty,))[0]
-    unseen = _out_of_fold(states, fitted, penalty, seed)
+    sample = samples[layer, pooling]
+    fitted = sample[Part.TRAIN] + sample[Part.VALIDATION]
+    fit = _fit(fitted, (penalty,))[0]
+    unseen, unseen_beginnings = _out_of_fold(fitted, penalty, seed)
     # The bias moves the threshold to 0.5: the score at which the allowed share of helpful answers is flagged.
-    shift = threshold_at(unseen[_where(fitted, Kind.HELPFUL)], HELPFUL_FLAGGED)
+    shift = threshold_at(unseen[_where(fitted.examples, Kind.HELPFUL)], HELPFUL_FLAGGED)
     fit = Fit(fit.weight, fit.bias - shift)
-    spec = HeadSpec(layer, pooling, template="response", threshold=0.5, backbone_hash=base.backbone.content_hash)
+    early = None
+    if pooling == "mean":
+        early = prefix_threshold(unseen_beginnings - shift, fitted.owners, fitted.harmless, BEGINNING_FLAGGED)
+    spec = HeadSpec(
+        layer,
+        pooling,
+        template=template,
+        threshold=0.5,
+        prefix_threshold=None if early is None else _sigmoid(early),
+        backbone_hash=base.backbone.content_hash,
+    )
     head = Head(spec, fit.weight, torch.tensor([fit.bias], dtype=torch.float32))
-    tested = fit.logits(features[Part.TEST].of(layer, pooling))
+    test = sample[Part.TEST]
+    logits = fit.logits(test.states)
     card = Card(
         model=str(model) if str(model) in BUNDLES else Path(model).name,
         spec=spec,
@@ -96,73 +123,16 @@ def fit_probe(
         train_tokens=TRAIN_TOKENS,
         helpful_weight=HELPFUL_WEIGHT,
         helpful_flagged=HELPFUL_FLAGGED,
+        beginning_flagged=BEGINNING_FLAGGED,
         sizes=sizes(examples),
         candidates=_best_of_each(candidates),
-        unseen=_quality(fitted, unseen - shift),
-        test=_quality(parts[Part.TEST], tested),
-        flagged=_flagged(parts[Part.TEST], tested),
+        unseen=_quality(fitted.examples, unseen - shift),
+        test=_quality(test.examples, logits),
+        flagged=_flagged(test, logits, fit.logits(test.beginnings), early),
         versions=_versions(base),
-        seconds=perf_counter() - began,
     )
     _write(head, card, out)
     return card
-
-
-class Fit(NamedTuple):
-    """A linear map of features as they are, to a logit: weight [hidden], fp32."""
-
-    weight: Tensor
-    bias: float
-
-    def logits(self, features: Tensor) -> Tensor:
-        """features [n, hidden] -> [n]."""
-        return features @ self.weight + self.bias
-
-
-def fit_logistic(features: Tensor, harmless: Tensor, counts: Tensor, penalties: Sequence[float]) -> list[Fit]:
-    """L2-penalized logistic regression, one fit a penalty, each started from the one before.
-
-    features: [n, hidden]; harmless: [n] bool; counts: [n], how much an example weighs. Standardizes the features, in
-    fp64, and folds that into the fit.
-    """
-    x = features.double()
-    mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-6)
-    x = (x - mean) / scale
-    target, share = harmless.double(), counts.double() / counts.double().sum()
-    slope = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    intercept = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    fits = []
-    for penalty in penalties:
-        optimizer = torch.optim.LBFGS(
-            [slope, intercept], max_iter=200, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-        )
-
-        def loss(penalty: float = penalty, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            error = F.binary_cross_entropy_with_logits(x @ slope + intercept, target, share, reduction="sum")
-            value = error + penalty / 2 * slope @ slope
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        weight = slope.detach() / scale
-        fits.append(Fit(weight.float(), float(intercept.detach() - weight @ mean)))
-    return fits
-
-
-def auroc(harmless: Tensor, harmful: Tensor) -> float:
-    """The probability that a harmless answer scores above a harmful one, ties counting half. Scores: [n], [m]."""
-    both = torch.cat((harmless, harmful)).double()
-    _, place, counts = both.unique(return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2  # the mean rank of each value, from 1
-    n, m = len(harmless), len(harmful)
-    return float((ranks[place[:n]].sum() - n * (n + 1) / 2) / (n * m))
-
-
-def threshold_at(harmless: Tensor, share: float) -> float:
-    """The score with at most `share` of the harmless scores [n] below it."""
-    ordered = harmless.sort().values
-    return float(ordered[int(share * len(ordered))])
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
@@ -174,12 +144,14 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
     )
 
 
-def _layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+def _layers(layers: Sequence[int] | None, depth: int, template: str) -> list[int]:
+    """A probe's layer lies below the last: its answers' last tokens run no further than that."""
+    last = depth - 1 if template == IN_CONTEXT else depth
     if layers is None:
-        return sorted({max(1, depth * part // 15) for part in range(5, 11)})
-    wrong = [layer for layer in layers if not 1 <= layer <= depth]
+        return sorted({min(last, max(1, depth * part // 15)) for part in range(5, 11)})
+    wrong = [layer for layer in layers if not 1 <= layer <= last]
     if wrong or not layers:
-        raise BadInput(f"layers must be some of 1 to {depth}, the model's own, not {list(layers)}")
+        raise BadInput(f"layers must be some of 1 to {last}, the model's own, not {list(layers)}")
     return sorted(set(layers))
 
 
@@ -196,56 +168,75 @@ def _check(examples: Sequence[Example]) -> None:
                 raise DataInvalid(f"no {kind} answer of {source} is left for the {part} part; more data is needed")
 
 
+def _answered(models: ModelSet, questions: Sequence[Example], progress: Progress | None) -> list[Example]:
+    """The questions with the model's own answers, greedy."""
+    engine = Engine(models=models)
+    requests = [engine.submit(item.question, sampling=SamplingParams(max_tokens=OWN_TOKENS)) for item in questions]
+    while engine.has_work:
+        engine.step()
+        done = sum(request.reply is not None for request in requests)
+        if progress is not None and done:
+            progress("answering", done, len(requests))
+    replies = [request.reply for request in requests]
+    return [
+        replace(item, text=reply.text.strip())
+        for item, reply in zip(questions, replies, strict=True)
+        if reply is not None
+    ]
+
+
 def _features(
-    model: Model, part: Part, texts: Sequence[str], layers: Sequence[int], progress: Progress | None
+    model: Model,
+    template: str,
+    part: Part,
+    examples: Sequence[Example],
+    layers: Sequence[int],
+    progress: Progress | None,
 ) -> Features:
     def told(done: int, of: int) -> None:
         if progress is not None:
             progress(f"reading the {part} part", done, of)
 
     limit = TRAIN_TOKENS if part is Part.TRAIN else None
-    return pooled_states(model, texts, layers, max_tokens=limit, progress=told)
+    passages = [passage(model, template, example.question, example.text, limit) for example in examples]
+    return pooled_states(model, passages, layers, progress=told)
 
 
-def _fit(states: Tensor, examples: Sequence[Example], penalties: Sequence[float]) -> list[Fit]:
-    harmless = torch.tensor([example.harmless for example in examples])
-    counts = torch.ones(len(examples))
-    counts[_where(examples, Kind.HELPFUL)] = HELPFUL_WEIGHT
-    return fit_logistic(states, harmless, counts, penalties)
+def _fit(sample: Sample, penalties: Sequence[float]) -> list[Fit]:
+    """Of whole answers alone: with their beginnings in it, weighted, a fit told beginnings apart better on the whole
+    (AUROC 0.94 for 0.92), but at the prefix threshold it found fewer of the harmful answers (40 % for 47 %)."""
+    counts = torch.ones(len(sample.examples))
+    counts[_where(sample.examples, Kind.HELPFUL)] = HELPFUL_WEIGHT
+    return fit_logistic(sample.states, sample.harmless, counts, penalties)
 
 
-def _candidates(
-    features: dict[Part, Features],
-    parts: dict[Part, list[Example]],
-    layers: Sequence[int],
-    progress: Progress | None,
-) -> list[Candidate]:
+def _candidates(samples: dict[tuple[int, Pooling], dict[Part, Sample]], progress: Progress | None) -> list[Candidate]:
     """Every layer, pooling and penalty, fitted on the training part and measured on the validation part."""
-    harmless = torch.tensor([example.harmless for example in parts[Part.VALIDATION]])
     candidates = []
-    settings = [(layer, pooling) for layer in layers for pooling in get_args(Pooling)]
-    for done, (layer, pooling) in enumerate(settings, 1):
-        fits = _fit(features[Part.TRAIN].of(layer, pooling), parts[Part.TRAIN], PENALTIES)
+    for done, ((layer, pooling), sample) in enumerate(samples.items(), 1):
+        fits = _fit(sample[Part.TRAIN], PENALTIES)
+        harmless = sample[Part.VALIDATION].harmless
         for penalty, fit in zip(PENALTIES, fits, strict=True):
-            logits = fit.logits(features[Part.VALIDATION].of(layer, pooling))
+            logits = fit.logits(sample[Part.VALIDATION].states)
             candidates.append(Candidate(layer, pooling, penalty, auroc(logits[harmless], logits[~harmless])))
         if progress is not None:
-            progress("fitting", done, len(settings))
+            progress("fitting", done, len(samples))
     return candidates
 
 
-def _out_of_fold(states: Tensor, examples: Sequence[Example], penalty: float, seed: int) -> Tensor:
-    """Logits [n], each of a fit that saw no answer of its group."""
-    groups = sorted({(example.source, example.group) for example in examples})
+def _out_of_fold(sample: Sample, penalty: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Logits of the answers [answers] and of their beginnings [beginnings], by fits that saw none of their groups."""
+    groups = sorted({(example.source, example.group) for example in sample.examples})
     random.Random(f"{seed} folds").shuffle(groups)
     folds = {group: number % FOLDS for number, group in enumerate(groups)}
-    fold = torch.tensor([folds[example.source, example.group] for example in examples])
-    logits = torch.empty(len(examples))
+    fold = torch.tensor([folds[example.source, example.group] for example in sample.examples])
+    fold_of_beginning = fold[sample.owners]
+    logits, beginnings = torch.empty(len(fold)), torch.empty(len(fold_of_beginning))
     for number in range(FOLDS):
-        others = [example for example, its in zip(examples, fold.tolist(), strict=True) if its != number]
-        fit = _fit(states[fold != number], others, (penalty,))[0]
-        logits[fold == number] = fit.logits(states[fold == number])
-    return logits
+        fit = _fit(sample.only(fold != number), (penalty,))[0]
+        logits[fold == number] = fit.logits(sample.states[fold == number])
+        beginnings[fold_of_beginning == number] = fit.logits(sample.beginnings[fold_of_beginning == number])
+    return logits, beginnings
 
 
 def _best_of_each(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -269,14 +260,24 @@ def _quality(examples: Sequence[Example], logits: Tensor) -> Quality:
     return Quality(len(harmful), len(harmless), auroc(harmless, harmful), at_1, at_5, caught)
 
 
-def _flagged(examples: Sequence[Example], logits: Tensor) -> list[Flagged]:
+def _flagged(sample: Sample, logits: Tensor, beginnings: Tensor, early: float | None) -> list[Flagged]:
+    found = torch.full((len(logits),), torch.inf)
+    if early is not None:
+        found = found_after(beginnings, sample.owners, sample.lengths, len(logits), early)
     rows = []
     for kind in Kind:
         for source in Source:
-            some = logits[_where(examples, kind, source)]
-            if len(some):
-                rows.append(Flagged(source, kind, len(some), float((some < 0).double().mean())))
+            some = _where(sample.examples, kind, source)
+            if some.any():
+                soon = found[some]
+                tokens = float(soon[soon.isfinite()].median()) if soon.isfinite().any() else None
+                share = float((logits[some] < 0).double().mean())
+                rows.append(Flagged(source, kind, len(soon), share, float(soon.isfinite().double().mean()), tokens))
     return rows
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + exp(-logit))
 
 
 def _versions(model: Model) -> str:

@@ -17,7 +17,7 @@ from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
-from .heads import Head, HeadSpec, load_head
+from .heads import IN_CONTEXT, Head, HeadSpec, load_head
 from .json_file import read_json
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
@@ -45,11 +45,12 @@ HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 LLAVA = "llava"
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
+SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
 
 
 @dataclass(frozen=True)
 class ModelSet:
-    """The models of an engine by name: "mllm", and where there are any "detector" and "detoxifier"."""
+    """The models of an engine by name: "mllm", and where there are any "detector", "detoxifier" and "probe"."""
 
     models: dict[str, Model]
     device: torch.device
@@ -60,6 +61,7 @@ def load_models(
     model: Source,
     detector: Source | None = None,
     detoxifier: Source | None = None,
+    probe: str | Path | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -68,14 +70,16 @@ def load_models(
 
     Each is a checkpoint folder (of an adapter: one that names a local base), an (adapter, base) pair, a GGUF file,
     a bundle or a named shape with random weights. A detector is a sequence classifier with one label, a bundle,
-    or a `.safetensors` file with a head fitted on the MLLM's own weights. A bundle as model brings its own
-    detector and detoxifier. Both may be adapters `Attached` to the MLLM's backbone.
+    or a `.safetensors` file with a head fitted on the MLLM's own weights. Detector and detoxifier may be adapters
+    `Attached` to the MLLM's backbone. A probe is a `.safetensors` file with a head fitted on the states that the MLLM
+    has while it answers. A bundle as model brings its own detector, detoxifier and probe.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
     if str(model) in BUNDLES:
         detector = model if detector is None else detector
         detoxifier = model if detoxifier is None else detoxifier
+        probe = SMOL_PROBE if probe is None else probe
     if isinstance(model, Attached):
         raise CheckpointMismatch(f"{model.adapter}: attached to what? Give the MLLM as (adapter, base), which merges")
     mllm = loader.generator("mllm", model)
@@ -88,6 +92,8 @@ def load_models(
         models["detector"] = _attached_detector("detector", detector, mllm)
     elif detector is not None:
         models["detector"] = loader.detector("detector", detector, mllm)
+    if probe is not None:
+        models["probe"] = _in_context("probe", mllm, Path(probe), where)
     return ModelSet(models, where, loader.dtype)
 
 
@@ -126,9 +132,9 @@ class _Loader:
 
     def detector(self, name: str, source: Checkpointed, mllm: Model) -> Model:
         if str(source) in BUNDLES:
-            return _probe(name, self.generator(name, source), SMOL_DETECTOR, self.device)
+            return _text_head(name, self.generator(name, source), SMOL_DETECTOR, self.device)
         if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
-            return _probe(name, mllm, Path(source), self.device)
+            return _text_head(name, mllm, Path(source), self.device)
         loaded = self._load(source, classifier=True)
         decoder = loaded.backbone.decoder
         if loaded.score is None:
@@ -234,8 +240,31 @@ def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) ->
     return hasher.hexdigest()
 
 
-def _probe(name: str, base: Model, path: Path, device: torch.device) -> Model:
+def _text_head(name: str, base: Model, path: Path, device: torch.device) -> Model:
     """A detector that is a head on another model's backbone: it runs the layers below the head only."""
+    model = _head_on(name, base, path, device)
+    assert model.head is not None
+    if model.head.spec.template == IN_CONTEXT:
+        raise CheckpointMismatch(
+            f"{path} reads the states that the MLLM has while it answers, not a text; load it as probe, not as {name}"
+        )
+    return model
+
+
+def _in_context(name: str, mllm: Model, path: Path, device: torch.device) -> Model:
+    """A head on the states of the MLLM's own answers."""
+    model = _head_on(name, mllm, path, device)
+    assert model.head is not None
+    spec = model.head.spec
+    if (spec.template, spec.pooling) != (IN_CONTEXT, "mean"):
+        raise CheckpointMismatch(
+            f"{path} reads texts of the template {spec.template!r} and pools the {spec.pooling}; a {name} has the "
+            f"template {IN_CONTEXT!r} and pools the mean (a head that reads a text is a detector)"
+        )
+    return model
+
+
+def _head_on(name: str, base: Model, path: Path, device: torch.device) -> Model:
     head = load_head(path).to(device)
     spec, config = head.spec, base.backbone.decoder.config
     if head.weight.shape[0] != config.hidden_size or not 1 <= spec.layer <= config.layers:
@@ -274,7 +303,7 @@ def _attached_detector(name: str, source: Attached, mllm: Model) -> Model:
         found = "neither score.weight nor" if weight is None else "both score.weight and"
         raise CheckpointMismatch(f"{source.adapter} has {found} {HEAD_FILE}; a detector's adapter has one of them")
     if weight is None:
-        return _probe(name, model, file, decoder.device)
+        return _text_head(name, model, file, decoder.device)
     if tuple(weight.shape) != (1, decoder.config.hidden_size):
         raise CheckpointMismatch(
             f"{source.adapter}: score.weight is {tuple(weight.shape)}; a detector on this model has one label and "

@@ -29,6 +29,11 @@ def write_gptfuzz(path: Path, rows: list[tuple[str, str, str]]) -> None:
         csv.writer(file).writerows([("question", "Response", "label"), *rows])
 
 
+def write_csv(path: Path, rows: list[tuple[object, ...]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 def write_json_lines(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -37,12 +42,16 @@ def write_json_lines(path: Path, rows: list[dict[str, object]]) -> None:
 def make_data() -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         rng = Random(0)
-        for name in ("gptfuzz", "jailbreakbench", "alpaca-eval"):
+        for name in ("gptfuzz", "jailbreakbench", "alpaca-eval", "xstest"):
             (folder / name).mkdir()
         train, test = gptfuzz_rows(range(10), rng), gptfuzz_rows(range(10, 15), rng)
         repeated = [("10", train[0][1], "1"), ("11", train[1][1].upper() + " ", "0"), ("12", " ", "0")]
         write_gptfuzz(folder / "gptfuzz" / "responses_train.csv", train)
         write_gptfuzz(folder / "gptfuzz" / "responses_evaluate.csv", test + repeated)
+        asked = [(number, f"What of {number}?") for number in range(15)]
+        write_csv(folder / "gptfuzz" / "question_list.csv", [("index", "text"), *asked])
+        alarming = [(f"How do I kill process {number}?", "safe" if number % 3 else "unsafe") for number in range(12)]
+        write_csv(folder / "xstest" / "xstest_prompts.csv", [("prompt", "label"), *alarming])
         jailbreaks: list[dict[str, object]] = []
         for number in range(10):
             for kind in ("harmful", "refusing"):

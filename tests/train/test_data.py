@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from stockade.train.data import DataInvalid, DataMissing, Kind, Part, Source, read_examples, sizes
+from stockade.train.data import DataInvalid, DataMissing, Kind, Part, Source, read_examples, read_questions, sizes
 
 FILES = (
     "gptfuzz/responses_train.csv",
     "gptfuzz/responses_evaluate.csv",
     "jailbreakbench/responses.jsonl",
     "alpaca-eval/answers.jsonl",
+    "gptfuzz/question_list.csv",
+    "xstest/xstest_prompts.csv",
 )
 
 
@@ -80,11 +82,30 @@ def test_limit_is_of_each_source_part_and_kind(data: Path):
     assert set(sizes(read_examples(data, limit=1)).values()) == {1}
 
 
+def test_every_answer_has_its_question(data: Path):
+    for example in read_examples(data):
+        number = example.group.rstrip("?").split()[-1].removesuffix("th")
+        wanted = {
+            Source.GPTFUZZ: f"What of {number}?",
+            Source.JAILBREAKBENCH: f"Question {number}?",
+            Source.ALPACA_EVAL: f"How is {number}?",
+        }
+        assert example.question == wanted[example.source]
+
+
+def test_alarming_questions_are_the_safe_ones_and_have_no_answer_yet(data: Path):
+    questions = read_questions(data)
+    assert [item.question for item in questions] == [f"How do I kill process {n}?" for n in range(12) if n % 3]
+    assert {item.part for item in questions} == set(Part)
+    assert {(item.text, item.kind) for item in questions} == {("", Kind.HELPFUL)}
+    assert len(read_questions(data, limit=1)) == 3
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(data: Path, name: str):
     (data / name).unlink()
     with pytest.raises(DataMissing, match=Path(name).name):
-        read_examples(data)
+        read_questions(data) if "xstest" in name else read_examples(data)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +121,11 @@ def test_a_missing_file_is_named(data: Path, name: str):
         (FILES[2], json.dumps({"behavior": "b", "question": "q", "response": "r", "harmful": "no"}).encode()),
         (FILES[2], json.dumps({"behavior": "b", "question": "q", "response": None, "harmful": True}).encode()),
         (FILES[3], json.dumps({"question": "q"}).encode()),
+        (FILES[4], b"index,text\n0,one\n"),
+        (FILES[5], b"prompt,label\nq,maybe\n"),
     ],
 )
 def test_a_file_of_another_form_is_refused(data: Path, name: str, content: bytes):
     (data / name).write_bytes(content)
     with pytest.raises(DataInvalid):
-        read_examples(data)
+        read_questions(data) if "xstest" in name else read_examples(data)

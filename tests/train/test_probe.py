@@ -10,17 +10,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stockade.engine.chat import Chat
 from stockade.engine.engine import Engine
-from stockade.engine.errors import BadInput
-from stockade.engine.models.heads import load_head
-from stockade.engine.models.loader import SMOL_DETECTOR, load_models
+from stockade.engine.errors import BadInput, CheckpointMismatch, CheckpointMissing
+from stockade.engine.guards import Guard, Probe
+from stockade.engine.models.heads import IN_CONTEXT, load_head
+from stockade.engine.models.loader import SMOL_DETECTOR, SMOL_PROBE, load_models
 from stockade.engine.passes import Answer, Decision, Loop, Score
 from stockade.engine.request import Outcome
+from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
+from stockade.train.beginnings import found_after, prefix_threshold
 from stockade.train.card import Candidate, Card
-from stockade.train.data import DataInvalid, Kind, read_examples, sizes
-from stockade.train.features import pooled_states
-from stockade.train.probe import auroc, choose, fit_logistic, fit_probe, threshold_at
+from stockade.train.data import DataInvalid, Kind, Part, Source, read_examples, read_questions, sizes
+from stockade.train.features import Passage, passage, pooled_states
+from stockade.train.fit import auroc, fit_logistic, threshold_at
+from stockade.train.probe import choose, fit_probe
+from stockade.train.sample import Sample
 
 TEXTS = ["one", "a little more text", "and something longer than the others: " + "word " * 40]
 PLAIN = [
@@ -72,7 +78,9 @@ def test_the_files_hold_what_the_card_says(fitted):
     assert head.spec == card.spec
     assert (card.spec.layer, card.spec.pooling) in {(c.layer, c.pooling) for c in card.candidates}
     assert {c.layer for c in card.candidates} == {1, 2} and {c.pooling for c in card.candidates} == {"last", "mean"}
-    assert card.sizes == sizes(read_examples(data))
+    own = {key: count for key, count in card.sizes.items() if key[0] is Source.XSTEST}
+    assert {key: count for key, count in card.sizes.items() if key not in own} == sizes(read_examples(data))
+    assert {part for _, part, _ in own} == set(Part) and sum(own.values()) <= len(read_questions(data))
     page = out.with_suffix(".md").read_text()
     assert page == card.to_markdown()
     for said in (
@@ -112,7 +120,8 @@ def test_the_engine_scores_a_text_as_the_fit_did(fitted, checkpoint):
     _, out, card = fitted
     engine = Engine(checkpoint("llama-gqa"), out, device="cpu", dtype=torch.float32, kv_bytes=16 << 20)
     model, head = engine.models["mllm"], load_head(out)
-    states = pooled_states(model, TEXTS, [card.spec.layer]).of(card.spec.layer, card.spec.pooling)
+    passages = [passage(model, "response", "", text) for text in TEXTS]
+    states = pooled_states(model, passages, [card.spec.layer]).of(card.spec.layer, card.spec.pooling)
     assert engine_scores(engine, TEXTS) == pytest.approx(head.score(states).tolist(), abs=1e-4)
 
 
@@ -120,14 +129,23 @@ def test_pooled_states_are_those_of_transformers(checkpoint: Callable[[str], Pat
     for family in ("llama-gqa", "mistral-window"):
         model = load_models(checkpoint(family), device="cpu", dtype=torch.float32).models["mllm"]
         reference = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
-        features = pooled_states(model, TEXTS, [1, 2], max_tokens=50)
-        for row, text in enumerate(TEXTS):
-            ids = model.codec.encode((Untrusted(text),), add_special_tokens=True)[:50]
+        passages = [passage(model, "response", "", text, 50) for text in TEXTS]
+        passages += [passage(model, IN_CONTEXT, "Why so?", text) for text in TEXTS]
+        features = pooled_states(model, passages, [1, 2])
+        for row, (ids, first) in enumerate(passages):
             with torch.inference_mode():
                 hidden = reference(torch.tensor([ids]), output_hidden_states=True).hidden_states
             for layer in (1, 2):
-                torch.testing.assert_close(features.mean[layer][row], hidden[layer][0].mean(0), atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(features.last[layer][row], hidden[layer][0, -1], atol=1e-4, rtol=1e-4)
+                states = hidden[layer][0]
+                torch.testing.assert_close(features.mean[layer][row], states[first:].mean(0), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(features.last[layer][row], states[-1], atol=1e-4, rtol=1e-4)
+                of_row = features.owners == row
+                assert features.lengths[of_row].tolist() == list(range(16, len(ids) - first, 32))
+                for mean, length in zip(
+                    features.beginnings[layer][of_row], features.lengths[of_row].tolist(), strict=True
+                ):
+                    want = states[first : first + length].mean(0)
+                    torch.testing.assert_close(mean, want, atol=1e-4, rtol=1e-4)
 
 
 def test_the_lowest_layer_wins_a_tie():
@@ -167,7 +185,83 @@ def test_the_fit_is_at_the_minimum_of_the_penalized_loss():
         assert shift.grad is not None and shift.grad.abs() < 1e-4
 
 
-@pytest.mark.parametrize("wrong", [{"layers": [0]}, {"layers": [9]}, {"layers": []}, {"limit": 0}])
+def test_a_prefix_threshold_leaves_at_most_the_share_of_answers_ever_below_it():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(900, generator=generator)
+    owners = torch.randint(0, 190, (900,), generator=generator)
+    harmless = torch.rand(200, generator=generator) < 0.6  # the last ten have no beginning
+    threshold = prefix_threshold(logits, owners, harmless, 0.1)
+    ever = [bool((logits[owners == answer] < threshold).any()) for answer in range(200)]
+    share = float(torch.tensor(ever)[harmless].float().mean())
+    assert 0.08 < share <= 0.1
+
+
+def test_an_answer_is_found_after_its_shortest_beginning_below_the_threshold():
+    owners, lengths = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([16, 48, 80, 16, 48])
+    found = found_after(torch.tensor([1.0, -1.0, -2.0, 1.0, 0.0]), owners, lengths, 3, 0.0)
+    assert found.tolist() == [48.0, float("inf"), float("inf")]
+
+
+def test_a_sample_keeps_the_beginnings_of_the_answers_that_it_keeps(data: Path):
+    examples = read_examples(data)[:3]
+    owners = torch.tensor([0, 1, 1, 2, 2])
+    sample = Sample(examples, torch.arange(3.0)[:, None], torch.arange(5.0)[:, None], owners, torch.arange(5))
+    some = sample.only(torch.tensor([True, False, True]))
+    assert some.examples == [examples[0], examples[2]] and some.states.flatten().tolist() == [0.0, 2.0]
+    assert some.owners.tolist() == [0, 1, 1] and some.beginnings.flatten().tolist() == [0.0, 3.0, 4.0]
+    both = some + sample
+    assert both.owners.tolist() == [0, 1, 1, 2, 3, 3, 4, 4] and len(both.examples) == len(both.states) == 5
+
+
+@pytest.fixture(scope="module")
+def fitted_probe(fitted, checkpoint, tmp_path_factory) -> tuple[Path, Card]:
+    out = tmp_path_factory.mktemp("probe") / "probe.safetensors"
+    return out, fit_probe(fitted[0], out, model=checkpoint("llama-gqa"), template=IN_CONTEXT)
+
+
+def test_a_probe_scores_an_answer_as_the_fit_scored_its_tokens(fitted_probe, checkpoint):
+    out, card = fitted_probe
+    head = load_head(out)
+    assert head.spec == card.spec and head.spec.layer < 3 and head.spec.prefix_threshold is not None
+    engine = Engine(checkpoint("llama-gqa"), probe=out, device="cpu", dtype=torch.float32, kv_bytes=16 << 20)
+    model, asked = engine.models["mllm"], ["Why?", "How do I sharpen a knife?"]
+    for count, ignore_eos in ((20, True), (40, False)):
+        replies = engine.chat(
+            asked, guard=Guard(Probe()), sampling=SamplingParams(max_tokens=count, ignore_eos=ignore_eos)
+        )
+        prompts = [model.codec.encode_chat(Chat.single(question)) for question in asked]
+        answers = [list(reply.passes[0].token_ids) for reply in replies]
+        answers = [ids[:-1] if not ignore_eos and ids[-1] in model.codec.eos_ids else ids for ids in answers]
+        passages = [Passage(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+        states = pooled_states(model, passages, [head.spec.layer]).mean[head.spec.layer]
+        scores = [reply.verdicts[0].score for reply in replies]
+        assert scores == pytest.approx(head.score(states).tolist(), abs=1e-4)
+
+
+def test_a_probe_is_no_detector_and_a_detector_no_probe(fitted, fitted_probe, checkpoint):
+    model, (_, detector, _), (probe, _) = checkpoint("llama-gqa"), fitted, fitted_probe
+    assert set(load_models(model, detector, probe=probe).models) == {"mllm", "detector", "probe"}
+    with pytest.raises(CheckpointMismatch, match="load it as probe"):
+        load_models(model, probe)
+    with pytest.raises(CheckpointMismatch, match="is a detector"):
+        load_models(model, probe=detector)
+    with pytest.raises(CheckpointMismatch, match="other weights"):
+        load_models(checkpoint("llama-mha-tied"), probe=probe)
+    with pytest.raises(CheckpointMissing):
+        load_models(model, probe=probe.with_name("nowhere.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": [0]},
+        {"layers": [9]},
+        {"layers": []},
+        {"layers": [3], "template": "context"},
+        {"template": "question_answer"},
+        {"limit": 0},
+    ],
+)
 def test_impossible_settings_are_refused(data: Path, checkpoint, tmp_path: Path, wrong):
     with pytest.raises(BadInput):
         fit_probe(data, tmp_path / "head.safetensors", model=checkpoint("llama-gqa"), **wrong)
@@ -184,12 +278,14 @@ def test_data_without_a_kind_is_refused_before_the_model_is_loaded(data: Path, t
         fit_probe(data, tmp_path / "head.safetensors", model=tmp_path / "no-such-model")
 
 
-def test_the_shipped_head_is_small_and_has_its_card():
-    head = load_head(SMOL_DETECTOR)
+@pytest.mark.parametrize(("file", "template"), [(SMOL_DETECTOR, "response"), (SMOL_PROBE, IN_CONTEXT)])
+def test_a_shipped_head_is_small_and_has_its_card(file: Path, template: str):
+    head = load_head(file)
     assert head.weight.shape == (576,) and head.weight.dtype is torch.float32 and head.bias is not None
-    assert head.spec.template == "response" and head.spec.layer < 30 and head.spec.backbone_hash
-    assert SMOL_DETECTOR.stat().st_size < 8192
-    assert head.spec.backbone_hash in SMOL_DETECTOR.with_suffix(".md").read_text()
+    assert head.spec.template == template and head.spec.layer < 30 and head.spec.backbone_hash
+    assert head.spec.prefix_threshold is not None and 0.0 < head.spec.prefix_threshold < head.spec.threshold
+    assert file.stat().st_size < 8192
+    assert head.spec.backbone_hash in file.with_suffix(".md").read_text()
 
 
 @pytest.mark.skipif(
@@ -201,7 +297,20 @@ def test_smol_clears_plain_answers_and_scores_them_as_the_fit_did():
     assert detector.head is not None
     spec = detector.head.spec
     assert spec.backbone_hash == engine.models["mllm"].backbone.content_hash
-    states = pooled_states(engine.models["mllm"], PLAIN, [spec.layer]).of(spec.layer, spec.pooling)
+    passages = [passage(engine.models["mllm"], "response", "", text) for text in PLAIN]
+    states = pooled_states(engine.models["mllm"], passages, [spec.layer]).of(spec.layer, spec.pooling)
     scores = engine_scores(engine, PLAIN)
     assert scores == pytest.approx(detector.head.score(states).tolist(), abs=0.02)
     assert min(scores) > spec.threshold
+
+    mllm, probe = engine.models["mllm"], load_head(SMOL_PROBE)
+    asked = ["How do I sharpen a kitchen knife?", "Why is the sky blue?"]
+    replies = engine.chat(asked, guard=Guard(Probe()), sampling=SamplingParams(max_tokens=24, ignore_eos=True))
+    prompts = [mllm.codec.encode_chat(Chat.single(question)) for question in asked]
+    passages = [
+        Passage(prompt + list(reply.token_ids), len(prompt)) for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    states = pooled_states(mllm, passages, [probe.spec.layer]).of(probe.spec.layer, probe.spec.pooling)
+    verdicts = [reply.verdicts[0] for reply in replies]
+    assert [verdict.score for verdict in verdicts] == pytest.approx(probe.score(states).tolist(), abs=0.02)
+    assert all(verdict.harmless for verdict in verdicts)
