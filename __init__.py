@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_engine import AsyncEngine
     from .engine.chat import Chat
     from .engine.engine import Engine
     from .engine.errors import StockadeError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "Attached",
     "Cascade",
     "Chat",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "async_engine",
     "Attached": "models.loader",
     "Cascade": "guards",
     "Chat": "chat",

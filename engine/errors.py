@@ -132,3 +132,26 @@ class TooLong(PassError):
 
 class Aborted(PassError):
     """The request was aborted."""
+
+
+# What an engine that serves many may answer instead of a reply.
+
+
+class Unavailable(StockadeError):
+    """Base: nothing is wrong with the request, but it was not answered."""
+
+
+class Overloaded(Unavailable):
+    """More requests are under way than are let in. `retry_after`: seconds after which there may be room."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineStopped(Unavailable):
+    """The engine is shutting down, or the thread that steps it has died."""
+
+
+class DeadlineExceeded(Unavailable, TimeoutError):
+    """The request's time was over before its reply was there."""

@@ -13,7 +13,7 @@ from time import perf_counter
 from .errors import BadInput, PassTimeout, TooLong
 from .growing import GrowingPrompt
 from .models.model import Model
-from .passes import Screen, Screened
+from .passes import Release, Screen, Screened
 from .scheduler import Scheduler
 from .sequence import Sequence
 
@@ -23,11 +23,12 @@ class Screening:
 
     text, tokens: of the answer so far. waiting: tokens that no chunk covers. input_characters: of the tokens that
     were inputs of the answering model already. cleared: how many characters a beginning covers that was found
-    harmless. harmful: whether the last judged beginning was not. doomed: whether the answer is not worth finishing.
+    harmless. harmful: whether the last judged beginning was not. eager: whether anything waits for what is said of
+    beginnings. doomed: whether the answer is not worth finishing.
     """
 
-    def __init__(self, screen: Screen, model: Model, stops: bool) -> None:
-        """stops: whether a screen that fails ends the answer."""
+    def __init__(self, screen: Screen, model: Model, release: Release) -> None:
+        """release: when the answer's text may leave."""
         assert model.head is not None
         spec = model.head.spec
         self.screen = screen
@@ -46,7 +47,8 @@ class Screening:
         self.error: str | None = None
         self.closed = False
         self.ended: float | None = None  # when the answer ended, in seconds of the request
-        self._stops = stops
+        self.eager = release == "window" or screen.stop_below is not None
+        self._stops = release != "audit"  # where the screen fails
         self._score = nan
         self._final = False  # whether `_score` is of the whole text
         self._fed = 0  # characters handed to the sequence, and covered by it once it is computed
@@ -59,10 +61,6 @@ class Screening:
         return self.sequence is None or not self.sequence.remaining
 
     @property
-    def can_stop(self) -> bool:
-        return self.screen.stop_below is not None
-
-    @property
     def doomed(self) -> bool:
         if self.error is not None:
             return self._stops
@@ -72,6 +70,11 @@ class Screening:
     def done(self) -> bool:
         """Whether nothing more will be known."""
         return self.error is not None or self._final
+
+    @property
+    def score(self) -> float:
+        """Of the last judged beginning; NaN where there is none."""
+        return self._score
 
     @property
     def result(self) -> Screened:
