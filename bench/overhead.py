@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..engine.driver import PATIENT
 from ..engine.engine import Engine
 from .estimates import Estimate
 from .overhead_report import Key, OverheadConfig, OverheadReport, figures
@@ -79,7 +80,7 @@ def run_overhead(
         rewrites=rewrites,
         exposed_tokens=exposed,
         probe_step=step,
-        chunk=2 * engine.scheduler.lane(engine.models["detector"].backbone).free_rows,
+        chunk=PATIENT * engine.scheduler.lane(engine.models["detector"].backbone).free_rows,
     )
 
 

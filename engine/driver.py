@@ -53,6 +53,9 @@ from .scheduler import Lane, Scheduler, Work
 from .screening import Screening
 from .sequence import Sequence
 
+# What a detector with weights of its own reads at a time, in free rows of a lane: as little as pays where something
+# waits for it; otherwise so much that reading its weights is at most half of the work.
+EAGER, PATIENT = 2, 8
 TAP_EVERY = 8  # tokens between two scores of a head on an answer's own states, where anything depends on them
 
 
@@ -250,9 +253,9 @@ class Driver:
         if step.screen is not None:
             run.screening = self._open_screen(run.sequence, step)
         leaves = step.release != "hold" and request.streaming
-        # where nothing depends on what a tap says of beginnings, the text is made at the end
+        # where nothing waits for what a tap says of beginnings, the text is made at the end
         screening = run.screening
-        follows = screening is not None and (screening.growing or screening.can_stop)
+        follows = screening is not None and (screening.growing or screening.eager)
         assert run.sequence.sampling is not None
         if leaves or follows or run.sequence.sampling.stop:
             detokenizer = run.sequence.model.codec.detokenizer()
@@ -265,7 +268,7 @@ class Driver:
         model = self.model(step.screen.model)
         if model.head is None:
             raise InvalidGuard(f"{model.name} has no head to screen with")
-        screening = Screening(step.screen, model, stops=step.release != "audit")
+        screening = Screening(step.screen, model, step.release)
         if step.screen.before is not None and model.invocation:
             raise InvalidGuard(
                 f"{model.name} is an activated adapter, which reads a text that has ended; screen=False"
@@ -540,7 +543,7 @@ class Driver:
         if screening.error is None:
             if screening.screen.before is None:
                 every = screening.screen.chunk or TAP_EVERY
-                if screening.waiting >= every and (step.release == "window" or screening.can_stop):
+                if screening.waiting >= every and screening.eager:
                     screening.waiting = 0
                     screening.judge(self.runner.tapped_score(lane, run.sequence), screening.input_characters)
                     self._judged(request, run)
@@ -560,7 +563,7 @@ class Driver:
             return new >= screening.screen.chunk
         if screening.model.backbone is lane.backbone:
             return free // 2 <= new <= lane.spare_rows or new >= 4 * free
-        return new >= 2 * free * (1 + lane.decoding // 8)
+        return new >= free * (EAGER if screening.eager else PATIENT) * (1 + lane.decoding // 8)
 
     def _feed(self, request: Request, run: Run) -> None:
         """Give the screen's sequence the tokens of the new text."""

@@ -76,11 +76,10 @@ class ModelRunner:
         logits = None
 
         first = 0
-        for last in sorted({*batch.pooled, *(group.depth for group in active)}):
-            x = _layers(backbone, batch, active, first, last, x, angles, adapters)
+        while active:
+            last = active[-1].depth
+            x = _layers(backbone, batch, active, first, last, x, angles, adapters, sums)
             first = last
-            if last in batch.pooled:
-                pool_add(x, batch.pooled[last][: len(x)], sums)
             while active and active[-1].depth == last:
                 group = active.pop()
                 scores += _score(group, x, sums)
@@ -172,17 +171,22 @@ def _layers(
     x: Tensor,
     angles: tuple[Tensor, Tensor],
     adapters: ActiveAdapters | None,
+    sums: Tensor,
 ) -> Tensor:
-    """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place. Rows of the output that nobody
-    reads may stay undefined."""
+    """Run layers [first, last) over x [rows, hidden], the rows of `groups`, in place, and add what is pooled to its
+    sums. Rows of the output that nobody reads may stay undefined."""
     decoder = backbone.decoder
+    pooled = {layer: slots[: len(x)] for layer, slots in batch.pooled.items()}
     if decoder.native is not None:
         rows = torch.cat([group.write_rows for group in groups])
         ragged = [group.ragged() for group in groups]
-        decoder.native.run(first, last, x, angles, rows, ragged, adapters, _wanted(batch, groups, last, len(x)))
+        wanted = _wanted(batch, groups, last, len(x))
+        decoder.native.run(first, last, x, angles, rows, ragged, adapters, wanted, pooled, sums)
         return x
     for layer in range(first, last):
         x = decoder.block(layer, x, angles, lambda index, qkv: _attend(backbone, groups, index, qkv), adapters)
+        if layer + 1 in pooled:
+            pool_add(x, pooled[layer + 1], sums)
     return x
 
 

@@ -84,6 +84,14 @@ struct Adapter {
     int64_t chunks;  // the most that one of its updates has
 };
 
+// Running sums [slots][hidden]: after `layer` layers each row is added to the sum of its slot; slot -1: to none.
+struct Pool {
+    int64_t layer;
+    const int64_t* slot_of;
+    float* sums;
+    int64_t slots;
+};
+
 // What the threads share of one stage of a layer: which units of its work are taken, how many are finished.
 struct Stage {
     alignas(64) std::atomic<int64_t> taken{0};
@@ -618,11 +626,12 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
 // Runs layers [first, last) over x [rows][hidden] in place, and stores the new keys and values at write_rows.
 // cos, sin: [rows][dim]. sequences: in the order of their rows, which they cover. adapter_of: [rows] an index into
 // `adapters`, -1 for none, or null. wanted: [rows] whether layer last - 1 must finish the row, or null: all of them.
-// -1: no memory, -2: a row out of range.
+// A row that is pooled must be wanted. -1: no memory, -2: a row or a slot out of range.
 int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int64_t last, bf16* x, int64_t rows,
                     const bf16* cos, const bf16* sin, const int64_t* write_rows, const Cache* caches,
                     const Sequence* sequences, int64_t count, const Run* runs, const int64_t* adapter_of,
-                    const Adapter* adapters, int64_t adapter_count, const uint8_t* wanted, int64_t threads) {
+                    const Adapter* adapters, int64_t adapter_count, const uint8_t* wanted, const Pool* pools,
+                    int64_t pool_count, int64_t threads) {
     const Shape shape = *shape_;
     const int64_t hidden = shape.hidden, dim = shape.dim, ffn = shape.ffn, width = shape.heads * dim;
     const int64_t group = shape.heads / shape.kv_heads, query_heads = shape.heads, key_heads = shape.kv_heads;
@@ -647,6 +656,9 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
                 blocks.push_back({&s, head, at, min(16 * QUERY_TILES, s.count * group - at)});
     }
     if (std::find(cache_of.begin(), cache_of.end(), nullptr) != cache_of.end()) return -2;
+    for (const Pool* pool = pools; pool < pools + pool_count; pool++)
+        for (int64_t row = 0; row < rows; row++)
+            if (pool->slot_of[row] < -1 || pool->slot_of[row] >= pool->slots) return -2;
     const int64_t room = padded(rows);
     const bool few = rows <= 16;  // so few that every thread norms them all for itself
     const auto normed = aligned<bf16>(room * hidden * (few ? threads : 1)), q = aligned<bf16>(room * width);
@@ -657,7 +669,7 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
     for (const Active& active : actives)
         if (!active.low) return -1;
     const int64_t tile_rows = min<int64_t>(rows, 16), hidden_tiles = hidden / 32;
-    std::vector<Stage> stages(11 * (last - first));
+    std::vector<Stage> stages(11 * (last - first) + pool_count);
 #pragma omp parallel num_threads(threads)
     {
         Scratch& my = scratch[omp_get_thread_num()];
@@ -804,6 +816,16 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
                 }
             });
             add_to_x(wide.get(), layer.down, &Updates::down, ffn);
+            for (const Pool* pool = pools; pool < pools + pool_count; pool++)
+                if (pool->layer == number + 1)
+                    // one thread adds a column's rows, in their order
+                    share(*stage++, hidden / 16, threads, [&](int64_t part) {
+                        for (int64_t row = 0; row < rows; row++) {
+                            if (pool->slot_of[row] < 0) continue;
+                            float* sum = pool->sums + pool->slot_of[row] * hidden + part * 16;
+                            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), load(x + row * hidden + part * 16)));
+                        }
+                    });
         }
         _tile_release();
     }

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Array, Structure, byref, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +67,10 @@ class _Updates(Structure):
 
 class _Adapter(Structure):
     _fields_ = (("layers", c_void_p), ("chunks", c_int64))
+
+
+class _Pool(Structure):
+    _fields_ = (("layer", c_int64), ("slot_of", c_void_p), ("sums", c_void_p), ("slots", c_int64))
 
 
 class PackedMatrix(NamedTuple):
@@ -123,7 +127,8 @@ class Native:
         self._layers = library.stockade_layers
         self._layers.argtypes = (
             *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
+            c_int64,
         )
 
     def linear(self, x: Tensor, matrix: PackedMatrix, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -193,14 +198,17 @@ class NativeLayers:
         groups: Sequence[RaggedGroup],
         adapters: ActiveAdapters | None = None,
         wanted: Tensor | None = None,
+        pooled: Mapping[int, Tensor] | None = None,
+        sums: Tensor | None = None,
     ) -> None:
         """Run layers [first, last) over x [rows, hidden] bf16 in place; stores the new keys and values.
 
         angles: (cos, sin) [rows, 1, head_dim] bf16 as of `rope_angles`. write_rows: [rows] int64, where in its
         group's pool a row's keys and values go. groups: their sequences cover all rows. adapters: which rows have
         which. wanted: [rows] bool, the rows whose output anyone reads, None for all; those of the others are
-        undefined, their keys and values are stored nevertheless.
-        Raises `IndexError` where a run or a write leaves the pool, before anything is computed.
+        undefined, their keys and values are stored nevertheless. pooled: by layer, counted from 1, the slots [rows]
+        int64 of `sums` [slots, hidden] fp32 that its output is added to, -1 for none; such rows must be wanted.
+        Raises `IndexError` where a run, a write or a slot is out of range, before anything is computed.
         """
         cos, sin = angles
         if not (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and write_rows.is_contiguous()):
@@ -209,6 +217,7 @@ class NativeLayers:
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; it must be bf16 of {self._hidden}")
         if wanted is not None and not (wanted.dtype is torch.bool and wanted.shape == x.shape[:1]):
             raise ValueError(f"wanted is {tuple(wanted.shape)} {wanted.dtype}; it must be bool, one for each row")
+        pools = self._pools(first, last, len(x), pooled or {}, sums)
         adapter_of, packed = self._active(adapters, len(x))
         caches = (_Cache * len(groups))()
         places = []  # the arrays that `caches` points to
@@ -229,9 +238,25 @@ class NativeLayers:
                 *(cos.data_ptr(), sin.data_ptr(), write_rows.data_ptr(), caches),
                 *((c_int64 * len(sequences))(*sequences), len(sequences) // 6),
                 (c_int64 * len(runs))(*runs),
-                *(_pointer(adapter_of), packed, len(packed), _pointer(wanted), torch.get_num_threads()),
+                *(_pointer(adapter_of), packed, len(packed), _pointer(wanted), pools, len(pools)),
+                torch.get_num_threads(),
             )
         )
+
+    def _pools(
+        self, first: int, last: int, rows: int, pooled: Mapping[int, Tensor], sums: Tensor | None
+    ) -> Array[_Pool]:
+        here = [(layer, slots) for layer, slots in pooled.items() if first < layer <= last]
+        pools = (_Pool * len(here))()
+        for index, (layer, slots) in enumerate(here):
+            if sums is None or not sums.is_contiguous() or sums.dtype is not torch.float32:
+                raise ValueError("pooled rows need contiguous running sums in fp32")
+            if not slots.is_contiguous() or slots.dtype is not torch.int64 or slots.shape != (rows,):
+                raise ValueError(f"slots are {tuple(slots.shape)} {slots.dtype}; they must be int64, one a row")
+            if sums.shape[1] != self._hidden:
+                raise ValueError(f"sums are {tuple(sums.shape)}; they must have {self._hidden} columns")
+            pools[index] = _Pool(layer, slots.data_ptr(), sums.data_ptr(), len(sums))
+        return pools
 
     def _active(self, adapters: ActiveAdapters | None, rows: int) -> tuple[Tensor | None, Array[_Adapter]]:
         """Which row has which adapter, and the adapters; those that no row has stay empty."""
@@ -404,4 +429,4 @@ def _check(code: int) -> None:
     if code == -1:
         raise MemoryError("no memory for the hidden states of a step")
     if code:
-        raise IndexError("a row of keys and values lies outside the pool")
+        raise IndexError("a row of keys and values lies outside the pool, or a slot outside the running sums")

@@ -24,6 +24,8 @@ from stockade.engine.text import Segment, Trusted, Untrusted
 from tests.conftest import BASE, save_tokenizer, scatter_norms
 from tests.engine.screened import (
     ask,
+    asking,
+    between,
     detector_on,
     engine_of,
     finish,
@@ -238,6 +240,33 @@ def test_chunks_of_one_character_cut_in_bytes_hold_whole_characters_only(bases: 
     text = "😀東ü" * 6
     screened_and_scored(engine, [Mate(text, True, 0, 200, 1, (), ())], Watched())
     assert len(set(seen)) > 10 and all(text.startswith(item) for item in seen)
+
+
+@pytest.mark.parametrize(
+    ("release", "stop_below", "most", "least"),
+    [("hold", None, 128, 128), ("audit", None, 128, 128), ("window", None, 40, 32), ("hold", -1.0, 40, 32)],
+)
+def test_chunks_are_small_only_where_something_waits_for_beginnings(
+    bases: dict[str, Model], release: Any, stop_below: float | None, most: int, least: int
+) -> None:
+    engine = engine_of(pair(bases, "classifier", "byte-level", "byte-level"))
+    force(engine, {0: engine.models["mllm"].codec.encode((Untrusted(PROSE * 9),), add_special_tokens=False)[:300]})
+    chunks: list[int] = []
+
+    def counted(run: Any, lane: Any, works: list[Any]) -> Any:
+        chunks.extend(work.rows for work in works if work.sequence.scored)
+        return run(lane, works)
+
+    between(engine, counted)
+    screen = Screen("detector", QUESTION, stop_below=stop_below)
+    submit(
+        engine, asking(Generate("mllm", PROMPT, release=release, screen=screen), []), SamplingParams(max_tokens=300)
+    )
+    finish(engine)
+    first, *others, _ = chunks
+    question = len(engine.models["detector"].codec.encode(QUESTION, add_special_tokens=True))
+    for chunk in (first - question, *others):
+        assert least - 8 <= chunk <= most + 8  # a word may be held back
 
 
 def test_an_answer_longer_than_the_detector_reads_is_too_long(bases: dict[str, Model]) -> None:

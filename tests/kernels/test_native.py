@@ -20,6 +20,7 @@ from stockade.kernels.linear import Linear
 from stockade.kernels.lora import ActiveAdapters, LowRank, Updates
 from stockade.kernels.native import Native, RaggedGroup, RaggedSequence
 from stockade.kernels.paged_attention import LayerKV, SequenceSpan, causal_mask, paged_attention, write_kv
+from stockade.kernels.pooled_logit import pool_add
 from stockade.kernels.rms_norm import rms_norm
 
 LOADED = native.load(default_cache())
@@ -348,6 +349,52 @@ def test_rows_that_nobody_wants_leave_the_others_as_they_are(decoder: Callable[.
     whole, some = found
     assert torch.equal(some[70::130], whole[70::130]) and not torch.equal(some, whole)
     assert torch.equal(*pools)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_pooled_rows_are_added_to_their_sums(rows: int, decoder: Callable[..., Decoder]) -> None:
+    made = decoder("groups of two")
+    assert made.native is not None
+    tokens, angles, places = torch.arange(rows) % 390, made.angles(torch.arange(rows)), torch.arange(rows)
+    pooled = {layer: torch.arange(rows).remainder(layer + 2) - 1 for layer in (1, 2, 3)}
+    if rows == 1:
+        pooled[2] = torch.tensor([3])
+    found = []
+    for steps in (((0, 3),), ((0, 1), (1, 2), (2, 3))):
+        texts, x = Texts(made), made.embed(tokens)
+        group = RaggedGroup(texts.caches, [RaggedSequence(0, rows, 0, ((0, rows),))])
+        sums = torch.ones(5, 64)
+        for first, last in steps:
+            whole = len(steps) == 1
+            made.native.run(first, last, x, angles, places, [group], pooled=pooled if whole else None, sums=sums)
+            if not whole:
+                pool_add(x, pooled[last], sums)
+        found.append((x, sums))
+    (x, sums), (reference_x, reference) = found
+    assert torch.equal(x, reference_x)
+    assert torch.equal(sums[:4], reference[:4])  # the reference's last one is for what is discarded
+    assert not torch.equal(sums[0 if rows > 1 else 3], torch.ones(64))
+
+
+@needs_native
+def test_sums_that_do_not_fit_are_refused(decoder: Callable[..., Decoder]) -> None:
+    made = decoder("groups of two")
+    assert made.native is not None
+    texts, x, angles = Texts(made), made.embed(torch.tensor([7])), made.angles(torch.tensor([0]))
+    group, before = RaggedGroup(texts.caches, [RaggedSequence(0, 1, 0, ((5, 1),))]), x.clone()
+    for slots, sums, error in (
+        (torch.tensor([4]), torch.zeros(4, 64), IndexError),
+        (torch.tensor([-2]), torch.zeros(4, 64), IndexError),
+        (torch.tensor([0, 0]), torch.zeros(4, 64), ValueError),
+        (torch.tensor([0]).int(), torch.zeros(4, 64), ValueError),
+        (torch.tensor([0]), torch.zeros(4, 63), ValueError),
+        (torch.tensor([0]), torch.zeros(4, 64).bfloat16(), ValueError),
+        (torch.tensor([0]), None, ValueError),
+    ):
+        with pytest.raises(error):
+            made.native.run(0, 3, x, angles, torch.tensor([5]), [group], pooled={2: slots}, sums=sums)
+    assert torch.equal(x, before)
 
 
 @needs_native
