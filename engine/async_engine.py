@@ -82,6 +82,17 @@ class AsyncRequest:
             await self.changed()
         return self._items.popleft()
 
+    def take(self) -> list[str | Replaced]:
+        """What may be shown and was not taken yet, without waiting."""
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    @property
+    def error(self) -> Exception | None:
+        """Why there is no reply, once it has ended."""
+        return self._error
+
     async def reply(self) -> Reply:
         while not self._done:
             await self.changed()

@@ -189,6 +189,10 @@ class Engine:
         self, prompt: str | Many[int], sampling: SamplingParams | None = None, *, streaming: bool = False
     ) -> Request:
         """Queue a raw prompt; see `generate`."""
+        return self.driver.submit(_unguarded(self.encode_prompt(prompt)), sampling, None, streaming, guarded=False)
+
+    def encode_prompt(self, prompt: str | Many[int]) -> tuple[int, ...]:
+        """The token ids of a raw prompt. Raises a `BadInput` for what is none."""
         model = self.models["mllm"]
         codec = model.codec
         if isinstance(prompt, str):
@@ -205,7 +209,7 @@ class Engine:
                 raise InvalidMessage(
                     f"token ids must be whole numbers from 0 to {codec.vocab_size - 1}, not {token!r}"
                 )
-        return self.driver.submit(_unguarded(tuple(ids)), sampling, None, streaming, guarded=False)
+        return tuple(ids)
 
     def abort(self, number: int) -> Reply:
         """End a request at once, whatever it is doing; nothing of it is shown. Raises `UnknownRequest`."""

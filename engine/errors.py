@@ -155,3 +155,30 @@ class EngineStopped(Unavailable):
 
 class DeadlineExceeded(Unavailable, TimeoutError):
     """The request's time was over before its reply was there."""
+
+
+# What only a server refuses.
+
+
+class Unauthorized(StockadeError):
+    """No API key, or one that is not known."""
+
+
+class RateLimited(Overloaded):
+    """This key has sent too many requests, or has too many under way."""
+
+
+class RequestTooLarge(StockadeError):
+    """The body has more bytes than allowed."""
+
+
+class SlowClient(StockadeError):
+    """The client sends or reads too slowly."""
+
+
+class AuditFailed(Unavailable):
+    """A decision could not be written to the audit log, hence nothing of it may leave."""
+
+
+class AuditBroken(StockadeError):
+    """An audit log misses lines, or has lines that were altered."""

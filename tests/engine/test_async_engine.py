@@ -29,6 +29,7 @@ from stockade.engine.request import Outcome
 from tests.engine.screened import assert_empty, engine_of
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
+MIDDLE = SamplingParams(max_tokens=40, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 CLEAR = Guard(HarmHead(template="response", threshold=0.0, chunk=2))
 
@@ -258,9 +259,7 @@ def test_a_replaced_beginning_comes_as_an_event(models: ModelSet) -> None:
     shown_then_harmful = Guard(HarmHead(template="response", threshold=1.0, prefix_threshold=0.0, chunk=1))
 
     async def body(served: AsyncEngine) -> None:
-        stream = served.stream(
-            "Hi", guard=shown_then_harmful, sampling=SamplingParams(max_tokens=40, ignore_eos=True), release="window"
-        )
+        stream = served.stream("Hi", guard=shown_then_harmful, sampling=MIDDLE, release="window")
         items = [item async for item in stream]
         *shown, last = items
         assert isinstance(last, Replaced) and last.released == "".join(str(item) for item in shown) != ""
@@ -272,7 +271,7 @@ def test_a_watched_request_tells_of_its_passes_and_scores(models: ModelSet) -> N
     harmful = Guard(HarmHead(template="response", threshold=1.0, chunk=2), Detoxify(), max_rounds=1)
 
     async def body(served: AsyncEngine) -> None:
-        request = await served.begin(lambda e: e.submit("Hi", guard=harmful, sampling=SHORT), watched=True)
+        request = await served.begin(lambda e: e.submit("Hi", guard=harmful, sampling=MIDDLE), watched=True)
         seen = []
         while not request.done:
             await request.changed()
