@@ -76,8 +76,6 @@ def overhead(
         concurrent=concurrent,
         saturation_pairs=saturation_pairs,
         saturation_tokens=min(answer_tokens, OverheadConfig.saturation_tokens),
-        step_pairs=1 if quick else OverheadConfig.step_pairs,
-        step_tokens=min(answer_tokens, OverheadConfig.step_tokens),
         rewrites=1 if quick else OverheadConfig.rewrites,
         seed=seed,
     )

@@ -11,17 +11,19 @@ import torch
 
 from ..engine.driver import PATIENT
 from ..engine.engine import Engine
+from ..engine.models.loader import ModelSet
 from .estimates import Estimate
 from .overhead_report import Key, OverheadConfig, OverheadReport, figures
 from .rewrites import RewriteConfig, run_rewrites
+from .side_by_side import Run, Variant, together
 from .variants import (
+    AS_PUBLISHED,
     PATHS,
     TRANSFORMERS,
-    Run,
-    Variant,
-    bench_engine,
+    bench_models,
     detector_alone,
     engine_variants,
+    is_published,
     published_variants,
 )
 from .workload import Asked, Sources, picture, question
@@ -55,31 +57,26 @@ def run_overhead(
 ) -> OverheadReport:
     """Measure. Raises `WrongPath` when a run did not do the work it was meant to do, and `BadInput` for the name of a
     variant that is none."""
-    engine = bench_engine(sources, dtype)
-    model = engine.models["mllm"]
+    models = bench_models(sources, dtype)
+    model = models.models["mllm"]
     questions = Questions(
         model.codec.tokenizer, config.prompt_tokens, model.backbone.vision is not None, Random(config.seed)
     )
-    variants = engine_variants(engine, config.lengths, config.variants)
-    variants.append(detector_alone(engine, lambda: questions.text(config.lengths.answer)))
+    variants = engine_variants(models, config.lengths, config.variants)
+    variants.append(detector_alone(models, lambda: questions.text(config.lengths.answer)))
     own = model.backbone.decoder.dtype
-    mllm, detoxifier = sources.speakers(own, engine.device)
-    variants += published_variants(mllm, sources.scores(own, engine.device), detoxifier, config.lengths)
+    mllm, detoxifier = sources.speakers(own, models.device)
+    variants += published_variants(mllm, sources.scores(own, models.device), detoxifier, config.lengths)
     runs = _latencies(config, variants, questions, told)
-    exposed = _exposed_tokens(engine, variants, questions)
-    blind = replace(questions, eyes=False)
-    lost = _saturation(engine, config, blind, told)
-    step = _probe_step(engine, config, blind, told) if "probe" in config.variants else None
+    lost = _saturation(models, config, replace(questions, eyes=False), told)
+    engine = Engine(models=models)
     rewrites = run_rewrites(engine, RewriteConfig(config.lengths.mended, repeats=config.rewrites, seed=config.seed))
-    engine.check_integrity()
     return OverheadReport(
         config=config,
         model=sources.name,
         dtype=str(own).removeprefix("torch."),
         figures=figures(variants, runs, lost),
         rewrites=rewrites,
-        exposed_tokens=exposed,
-        probe_step=step,
         chunk=PATIENT * engine.scheduler.lane(engine.models["detector"].backbone).free_rows,
     )
 
@@ -95,13 +92,12 @@ def _latencies(
         blocks: dict[tuple[bool, str], list[Variant]] = {}
         for variant in variants:
             if _is_due(config, variant, repeat):
-                blocks.setdefault((variant.published, variant.path), []).append(variant)
-        # what is compared with each other runs close together
+                blocks.setdefault((is_published(variant), variant.path), []).append(variant)
         for block in random.sample(sorted(blocks), len(blocks)):
-            for variant in random.sample(blocks[block], len(blocks[block])):
-                run = variant.one(questions.ask(text))
+            begun = {(v.name, v.path): v.begin([questions.ask(text)]) for v in blocks[block]}
+            for key, run in together(begun, random).items():
                 if repeat >= 0:
-                    runs[variant.name, variant.path][repeat] = run
+                    runs[key][repeat] = run
         if told:
             told("latency", repeat + 2, config.repeats + 1)
     return runs
@@ -110,60 +106,28 @@ def _latencies(
 def _is_due(config: OverheadConfig, variant: Variant, repeat: int) -> bool:
     """Whether a variant runs in this repeat: the rarer ones are spread evenly, and never without their baseline."""
     if repeat < 0:  # a pipeline takes as long as all guards together, and needs little warming
-        return not variant.published or variant.name == TRANSFORMERS
+        return not is_published(variant) or variant.name == TRANSFORMERS
     rare = config.harmful_repeats if variant.path == PATHS[1] else config.repeats
-    times = config.published_repeats if variant.published else rare
+    times = config.published_repeats if is_published(variant) else rare
     return (repeat + 1) * times // config.repeats > repeat * times // config.repeats
 
 
-def _exposed_tokens(engine: Engine, variants: Sequence[Variant], questions: Questions) -> int | None:
-    """Tokens that the separate detector computes after an answer's last decode step; None where it is not there."""
-    name = "protector-separate"
-    variant = next((item for item in variants if (item.name, item.path) == (name, PATHS[0])), None)
-    if variant is None:
-        return None
-    variant.one(questions.ask(questions.text()))
-    recorder = engine.recorder  # a variant's run leaves its own
-    assert recorder is not None
-    decoded = max(step.began for step in recorder.steps if any(work.label == "answer" for work in step.works))
-    late = (work for step in recorder.steps if step.began > decoded for work in step.works)
-    return sum(work.tokens for work in late if work.label == "screen")
-
-
 def _saturation(
-    engine: Engine, config: OverheadConfig, questions: Questions, told: Told | None
+    models: ModelSet, config: OverheadConfig, questions: Questions, told: Told | None
 ) -> dict[str, Estimate]:
     """Lost throughput of each guard on the harmless path: 1 - requests per second with it / without it, in pairs."""
     lengths = replace(config.lengths, answer=config.saturation_tokens)
-    variants = [v for v in engine_variants(engine, lengths, config.variants) if v.many and v.path == PATHS[0]]
+    names = tuple(name for name in config.variants if not name.endswith(AS_PUBLISHED))
+    variants = [v for v in engine_variants(models, lengths, names) if v.path == PATHS[0]]
     lost: dict[str, list[float]] = {}
     for pair in range(-1, config.saturation_pairs):  # the first one touches the pages that all will use
         texts = [questions.text() for _ in range(config.concurrent)]
         due = [v for v in variants if v.name in ("off", *SATURATED) or pair < FEW_PAIRS]
-        seconds = {}
-        for variant in questions.random.sample(due, len(due)):
-            assert variant.many is not None
-            seconds[variant.name] = variant.many([questions.ask(text) for text in texts])
-        for name, took in seconds.items():
+        begun = {v.name: v.begin([questions.ask(text) for text in texts]) for v in due}
+        runs = together(begun, questions.random)
+        for name, run in runs.items():
             if pair >= 0 and name != "off":
-                lost.setdefault(name, []).append(1.0 - seconds["off"] / took)
+                lost.setdefault(name, []).append(1.0 - runs["off"].seconds / run.seconds)
         if told:
             told("throughput", pair + 2, config.saturation_pairs + 1)
     return {name: Estimate.of(values) for name, values in lost.items()}
-
-
-def _probe_step(engine: Engine, config: OverheadConfig, questions: Questions, told: Told | None) -> Estimate:
-    """Seconds that a probe adds to a decode step: pairs of short answers, so that little else changes in between."""
-    lengths = replace(config.lengths, answer=config.step_tokens)
-    variants = [v for v in engine_variants(engine, lengths, ("probe",)) if v.path == PATHS[0]]
-    added = []
-    for pair in range(-1, config.step_pairs):
-        asked = questions.ask(questions.text())
-        steps = {
-            variant.name: variant.one(asked).step for variant in questions.random.sample(variants, len(variants))
-        }
-        if pair >= 0:
-            added.append(steps["probe"] - steps["off"])
-        if told:
-            told("steps", pair + 2, config.step_pairs + 1)
-    return Estimate.of(added)

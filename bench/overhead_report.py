@@ -13,7 +13,8 @@ from .estimates import Estimate
 from .published import Lengths
 from .report import Spread
 from .rewrites import RewriteReport
-from .variants import DEFAULT, DETECTOR_ALONE, PATHS, Run, Variant, counterpart
+from .side_by_side import Run, Variant
+from .variants import DEFAULT, DETECTOR_ALONE, PATHS, counterpart
 
 Key = tuple[str, str]
 """A variant's name and path."""
@@ -23,10 +24,9 @@ Key = tuple[str, str]
 class OverheadConfig:
     """variants: guards to measure. repeats, harmful_repeats, published_repeats: measured runs of each guard on the
     harmless and on the harmful path, and of each published pipeline; all that run in one repeat answer the same
-    question of `prompt_tokens` tokens, in random order. lengths: new tokens of each pass. saturation_pairs: how often
-    `concurrent` questions are answered at once, in `saturation_tokens` tokens each, without a guard and with it.
-    step_pairs: how often a short question is answered in `step_tokens` tokens, with and without a probe. rewrites:
-    forced texts."""
+    question of `prompt_tokens` tokens, step by step in turn. lengths: new tokens of each pass. saturation_pairs: how
+    often `concurrent` questions are answered at once, in `saturation_tokens` tokens each, without a guard and with
+    it, in turn too. rewrites: forced texts."""
 
     variants: tuple[str, ...] = DEFAULT
     repeats: int = 9
@@ -37,23 +37,22 @@ class OverheadConfig:
     concurrent: int = 8
     saturation_pairs: int = 20
     saturation_tokens: int = 64
-    step_pairs: int = 20
-    step_tokens: int = 32
     rewrites: int = 10
     seed: int = 0
 
 
 class Figure(NamedTuple):
-    """One variant on one path, in seconds. added: over the same question's unguarded run. exposed, direct, step,
-    accepted: see `Run`; direct is beyond that of the unguarded run. lost: share of the throughput of many requests at
+    """One variant on one path, in seconds. added: over the same question's unguarded run; added_step: in a step that
+    only decodes. exposed, step, screened, accepted: see `Run`. lost: share of the throughput of many requests at
     once; None where that was not measured."""
 
     total: Spread
     added: Estimate
     baseline: float
     exposed: Spread
-    direct: Spread
     step: Spread
+    added_step: Estimate
+    screened: int
     accepted: Spread
     passes: tuple[str, ...]
     prompt_tokens: int
@@ -68,26 +67,15 @@ class Figure(NamedTuple):
     def exposed_percent(self) -> float:
         return 100.0 * self.exposed.median / self.baseline
 
-    @property
-    def direct_percent(self) -> float:
-        return 100.0 * self.direct.median / self.baseline
-
-    @property
-    def cost(self) -> float:
-        """Seconds added, or known to have gone into the guard where noise hides that."""
-        return max(self.added.median, self.direct.median)
-
 
 class Goal(NamedTuple):
-    """A target: `measured` may be at most, or has to be at least, `target`. direct: what is known to have gone into
-    the guard, in the same unit."""
+    """A target: `measured` may be at most, or has to be at least, `target`."""
 
     what: str
     at_most: bool
     target: float
     unit: str
     measured: Estimate | float
-    direct: float | None = None
 
     @property
     def value(self) -> float:
@@ -115,7 +103,6 @@ class Goal(NamedTuple):
             "unit": self.unit,
             "measured": _round(self.value),
             "interval": None if interval is None else [_round(bound) for bound in interval],
-            "direct": None if self.direct is None else _round(self.direct),
             "met": self.met,
             "certain": self.certain,
         }
@@ -135,8 +122,9 @@ def figures(
             added=Estimate.of(run.seconds - base[repeat].seconds for repeat, run in mine.items()),
             baseline=Spread.of(run.seconds for run in base.values()).median,
             exposed=Spread.of(run.exposed for run in mine.values()),
-            direct=Spread.of(run.direct - base[repeat].direct for repeat, run in mine.items()),
-            step=Spread.of(run.step for run in mine.values()),
+            step=Spread.of(seconds for run in mine.values() for seconds in run.steps or (0.0,)),
+            added_step=Estimate.of(_step_differences(mine, base)),
+            screened=max(run.screened for run in mine.values()),
             accepted=Spread.of(run.accepted for run in mine.values()),
             passes=last.passes,
             prompt_tokens=last.prompt_tokens,
@@ -146,19 +134,22 @@ def figures(
     return out
 
 
+def _step_differences(runs: Mapping[int, Run], base: Mapping[int, Run]) -> list[float]:
+    """Seconds that a decode step takes longer than the same step of the same question's unguarded run."""
+    pairs = (zip(run.steps, base[repeat].steps, strict=False) for repeat, run in runs.items())
+    return [mine - theirs for steps in pairs for mine, theirs in steps] or [0.0]
+
+
 @dataclass(frozen=True)
 class OverheadReport:
-    """figures: by variant, then by path. exposed_tokens: of the separate detector, after the answer's last token.
-    chunk: tokens that it reads at a time. probe_step: seconds that the probe adds to a decode step."""
+    """figures: by variant, then by path. chunk: tokens that the separate detector reads at a time."""
 
     config: OverheadConfig
     model: str
     dtype: str
     figures: dict[str, dict[str, Figure]]
     rewrites: RewriteReport
-    exposed_tokens: int | None
     chunk: int
-    probe_step: Estimate | None
 
     def goals(self) -> list[Goal]:
         """The project's targets, as far as what they are about was measured."""
@@ -175,25 +166,20 @@ class OverheadReport:
         }
         for name, target in at_most.items():
             if name in known:
-                figure = known[name]["harmless"]
-                percent = figure.direct_percent
-                yield Goal(f"{name}: added, harmless", True, target, "%", figure.added_percent, percent)
+                yield Goal(f"{name}: added, harmless", True, target, "%", known[name]["harmless"].added_percent)
         if "protector-separate" in known:
             figure, alone = known["protector-separate"]["harmless"], known[DETECTOR_ALONE]["harmless"].total.median
             what = "protector-separate:"
-            added, direct = figure.added.scaled(1.0 / alone), figure.direct.median / alone
-            yield Goal(f"{what} added / prefill of the answer", True, 1.25, "x", added, direct)
+            yield Goal(f"{what} added / prefill of the answer", True, 1.25, "x", figure.added.scaled(1.0 / alone))
             yield Goal(f"{what} exposed", True, 1.5, "%", figure.exposed_percent)
-            if self.exposed_tokens is not None:
-                yield Goal(f"{what} exposed, chunk", True, self.chunk, "tokens", self.exposed_tokens)
+            yield Goal(f"{what} exposed, chunk", True, self.chunk, "tokens", figure.screened)
         if "probe" in known:
             figure = known["probe"]["harmless"]
-            if self.probe_step is not None:
-                yield Goal("probe: added to a decode step", True, 150.0, "us", self.probe_step.scaled(1e6))
+            yield Goal("probe: added to a decode step", True, 150.0, "us", figure.added_step.scaled(1e6))
             yield Goal("probe: closing row", True, 1.0, "%", figure.exposed_percent)
         for name in ("ecso", "ecso-continued"):
             if name in known:
-                ratio = known["published-ecso"]["harmless"].added.median / known[name]["harmless"].cost
+                ratio = known["published-ecso"]["harmless"].added.median / known[name]["harmless"].added.median
                 yield Goal(f"{name}: times less added than published", False, 5.0, "x", ratio)
         for name in self.config.variants:
             if counterpart(name) is not None:
@@ -233,8 +219,6 @@ class OverheadReport:
             "variants": {name: self._variant(name) for name in self.figures},
             "rewrites": self.rewrites.to_dict(),
             "chunk_tokens": self.chunk,
-            "exposed_tokens": self.exposed_tokens,
-            "probe_step_us": None if self.probe_step is None else self.probe_step.scaled(1e6).to_dict(),
             "targets": [goal.to_dict() for goal in self.goals()],
         }
 
@@ -246,7 +230,7 @@ class OverheadReport:
         table = Table(title=f"{self.model} {self.dtype}: {config.lengths.answer} tokens an answer, medians")
         for heading in ("variant", "path", "passes"):
             table.add_column(heading)
-        for heading in ("n", "tokens in, out", "ms", "added ms", "%", "direct ms", "exposed ms", "step ms", "lost %"):
+        for heading in ("n", "tokens in, out", "ms", "added ms", "%", "exposed ms", "step ms", "lost %"):
             table.add_column(heading, justify="right")
         for name, paths in self.figures.items():
             for path, figure in paths.items():
@@ -259,7 +243,6 @@ class OverheadReport:
                     f"{1e3 * figure.total.median:,.0f}",
                     f"{1e3 * figure.added.median:,.1f}",
                     f"{figure.added_percent.median:.1f}",
-                    f"{1e3 * figure.direct.median:.1f}",
                     f"{1e3 * figure.exposed.median:.1f}",
                     f"{1e3 * figure.step.median:.2f}",
                     "" if figure.lost is None else f"{100.0 * figure.lost.median:.1f}",
@@ -270,14 +253,13 @@ class OverheadReport:
     def _targets(self) -> Table:
         table = Table(title="targets")
         table.add_column("what")
-        for heading in ("target", "measured (95 % interval)", "direct", "met"):
+        for heading in ("target", "measured (95 % interval)", "met"):
             table.add_column(heading, justify="right")
         for goal in self.goals():
             sign = "≤" if goal.at_most else "≥"
             measured = str(goal.measured) if isinstance(goal.measured, Estimate) else f"{goal.measured:,.2f}"
             met = ("yes" if goal.met else "no") + ("" if goal.certain else ", perhaps")
-            direct = "" if goal.direct is None else f"{goal.direct:,.2f}"
-            table.add_row(goal.what, f"{sign} {goal.target:g} {goal.unit}", measured, direct, met)
+            table.add_row(goal.what, f"{sign} {goal.target:g} {goal.unit}", measured, met)
         return table
 
 
@@ -296,8 +278,8 @@ def _plain(figure: Figure) -> dict[str, Any]:
         "exposed_ms": _round(1e3 * figure.exposed.median),
         "exposed_percent": _round(figure.exposed_percent),
         "step_ms": _round(1e3 * figure.step.median),
-        "direct_ms": _round(1e3 * figure.direct.median),
-        "direct_percent": _round(figure.direct_percent),
+        "added_step_us": figure.added_step.scaled(1e6).to_dict(),
+        "exposed_screened_tokens": figure.screened,
         "accepted_drafts": figure.accepted.median,
         "lost_throughput_percent": None if lost is None else lost.scaled(100.0).to_dict(),
         "passes": list(figure.passes),

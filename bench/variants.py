@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import median
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
 from ..engine.chat import Chat
-from ..engine.engine import Engine, GuardLike
+from ..engine.engine import Engine
 from ..engine.errors import BadInput
 from ..engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, SelfJudge
 from ..engine.guards.prompts import detector_text
@@ -25,10 +22,10 @@ from ..engine.models.loader import Attached, ModelSet, load_models
 from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode, Score
 from ..engine.request import Outcome, Reply
 from ..engine.sampling import SamplingParams
-from ..engine.trace import Recorder
 from .checkpoints import save_adapter
 from .published import Lengths, PublishedEcso, PublishedProtector, Scores, Speaker, conversation
 from .report import WrongPath
+from .side_by_side import Answering, Run, Variant, Whole
 from .workload import Asked, Sources
 
 PATHS = ("harmless", "harmful")
@@ -42,37 +39,9 @@ DETECTOR_ALONE = "detector-alone"
 DEFAULT = ("protector-separate", "protector-adapter", "probe", "ecso", "ecso-continued")
 
 
-class Run(NamedTuple):
-    """One measured run: seconds and the work that was done in them.
-
-    exposed: seconds from the answer's last token to the reply. direct: seconds of steps that did nothing of the
-    answer itself, and of the guard's loop and preparing passes; what a guard's rows cost in the answer's own steps is
-    not in it. step: seconds of a decode step, median. accepted: drafts that came true.
-    """
-
-    seconds: float
-    passes: tuple[str, ...]
-    prompt_tokens: int
-    new_tokens: int
-    exposed: float = 0.0
-    direct: float = 0.0
-    step: float = 0.0
-    accepted: int = 0
-
-
-class Variant(NamedTuple):
-    """baseline: the unguarded variant it is compared with. many: runs several questions at once, where it can."""
-
-    name: str
-    baseline: str
-    path: str
-    one: Callable[[Asked], Run]
-    many: Callable[[list[Asked]], float] | None = None
-
-    @property
-    def published(self) -> bool:
-        """Whether it is a pipeline on `transformers`."""
-        return self.baseline == TRANSFORMERS
+def is_published(variant: Variant) -> bool:
+    """Whether it is a pipeline on `transformers`."""
+    return variant.baseline == TRANSFORMERS
 
 
 def counterpart(name: str) -> str | None:
@@ -138,8 +107,8 @@ def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     }
 
 
-def bench_engine(sources: Sources, dtype: torch.dtype | None = None) -> Engine:
-    """An engine with every guard's models side by side, so that all variants share one unguarded reply.
+def bench_models(sources: Sources, dtype: torch.dtype | None = None) -> ModelSet:
+    """Every guard's models side by side, so that all variants share one unguarded reply.
 
     `detector` and `detoxifier` have weights and lanes of their own; `detector-adapter` (an activated LoRA) and
     `detoxifier-adapter` (a plain one) are random adapters on the MLLM's weights, and `probe` is a random head on its
@@ -166,7 +135,7 @@ def bench_engine(sources: Sources, dtype: torch.dtype | None = None) -> Engine:
         "detoxifier-adapter": replace(here.models["detoxifier"], name="detoxifier-adapter"),
         "probe": replace(mllm, name="probe", depth=layer, head=head),
     }
-    return Engine(models=ModelSet(models, here.device, here.dtype))
+    return ModelSet(models, here.device, here.dtype)
 
 
 def check_path(reply: Reply, wanted: Outcome, answer_tokens: int) -> None:
@@ -187,8 +156,8 @@ def wanted_outcome(guard: Guard | None, path: str) -> Outcome:
     return Outcome.REFUSED if guard.recheck else Outcome.MENDED
 
 
-def engine_variants(engine: Engine, lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
-    """The guards of these names, and the unguarded replies that they are compared with.
+def engine_variants(models: ModelSet, lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+    """The guards of these names, and the unguarded replies that they are compared with, each on an engine of its own.
 
     Raises `BadInput` for a name that is none.
     """
@@ -196,10 +165,11 @@ def engine_variants(engine: Engine, lengths: Lengths, names: tuple[str, ...]) ->
     guards = [name for name in known[PATHS[0]] if not name.startswith("off")]
     if unknown := [name for name in names if name not in guards]:
         raise BadInput(f"no guard {unknown[0]!r} to measure; there are {', '.join(guards)}")
-    offs = dict.fromkeys(("off", *(_baseline(name) for name in names)))
+    offs = tuple(dict.fromkeys(("off", *(_baseline(name) for name in names))))
+    engines = {name: Engine(models=models) for name in (*offs, *names)}
     return [
-        *(_variant(engine, lengths, name, PATHS[0], known[PATHS[0]][name]) for name in offs),
-        *(_variant(engine, lengths, name, path, known[path][name]) for name in names for path in PATHS),
+        *(_variant(engines[name], lengths, name, PATHS[0], known[PATHS[0]][name]) for name in offs),
+        *(_variant(engines[name], lengths, name, path, known[path][name]) for name in names for path in PATHS),
     ]
 
 
@@ -211,54 +181,15 @@ def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guar
     wanted = wanted_outcome(guard, path)
     sampling = SamplingParams(max_tokens=lengths.answer, ignore_eos=True)
 
-    def answer(asked: list[Asked]) -> tuple[float, list[Reply]]:
-        engine.pool.clear_cache()
-        chats = [item.messages for item in asked]
-        engine.recorder = Recorder()
-        began = perf_counter()
-        replies = engine.chat(chats, guard=guard, sampling=sampling)
-        seconds = perf_counter() - began
-        for reply in replies:
-            check_path(reply, wanted, lengths.answer)
-        return seconds, replies
-
-    def one(asked: Asked) -> Run:
-        seconds, (reply,) = answer([asked])
-        first = reply.passes[0]
-        if first.cached_tokens:
+    def check(reply: Reply) -> None:
+        check_path(reply, wanted, lengths.answer)
+        if reply.passes[0].cached_tokens:
             raise WrongPath("a measured answer began with tokens from the cache")
-        assert engine.recorder is not None
-        # an answer whose own states are read ends with its closing row, which counts as exposed
-        tapped = guard is not None and isinstance(guard.detector, Probe)
-        closing = reply.trace.exposed_screening if tapped else 0.0
-        return Run(
-            seconds,
-            tuple(record.label for record in reply.passes),
-            sum(record.prompt_tokens for record in reply.passes),
-            sum(len(record.token_ids) for record in reply.passes),
-            closing + reply.trace.guard,
-            reply.trace.overhead + _beside(engine.recorder),
-            _step(engine.recorder),
-            sum(record.accepted for record in reply.passes),
-        )
 
-    many = None if name.endswith(AS_PUBLISHED) else lambda asked: answer(asked)[0]
-    return Variant(name, _baseline(name), path, one, many)
+    def begin(asked: list[Asked]) -> Answering:
+        return Answering.begin(engine, [item.messages for item in asked], guard, sampling, check)
 
-
-def _step(recorder: Recorder) -> float:
-    """Seconds from one decode step of an answer to the next, the median: most steps do nothing else."""
-    steps = (step for step in recorder.steps if any((w.label, w.role) == ("answer", "decode") for w in step.works))
-    return median(later.began - step.began for step, later in pairwise(steps))
-
-
-def _beside(recorder: Recorder) -> float:
-    """Seconds of the steps that had no part of an answer's prompt or decoding in them."""
-    return sum(
-        step.ended - step.began
-        for step in recorder.steps
-        if not any(w.label == "answer" and w.role in ("prefill", "decode") for w in step.works)
-    )
+    return Variant(name, _baseline(name), path, begin)
 
 
 @dataclass(frozen=True)
@@ -274,21 +205,19 @@ class _ScoreOnly:
         return Decision(Answer(""), Outcome.UNGUARDED)
 
 
-def detector_alone(engine: Engine, text: Callable[[], str]) -> Variant:
+def detector_alone(models: ModelSet, text: Callable[[], str]) -> Variant:
     """One prefill of a text, as long as an answer, by the detector that has weights of its own. text: gives one."""
+    engine = Engine(models=models)
 
-    def one(asked: Asked) -> Run:
-        engine.pool.clear_cache()
-        guard: GuardLike = _ScoreOnly("detector", text())
-        began = perf_counter()
-        (reply,) = engine.chat(["?"], guard=guard)
-        seconds = perf_counter() - began
+    def check(reply: Reply) -> None:
         (only,) = reply.passes
         if only.error or only.cached_tokens:
             raise WrongPath(f"the detector alone failed ({only.error}) or began with tokens from the cache")
-        return Run(seconds, (only.label,), only.prompt_tokens, 0)
 
-    return Variant(DETECTOR_ALONE, DETECTOR_ALONE, PATHS[0], one)
+    def begin(asked: list[Asked]) -> Answering:
+        return Answering.begin(engine, ["?"], _ScoreOnly("detector", text()), None, check)
+
+    return Variant(DETECTOR_ALONE, DETECTOR_ALONE, PATHS[0], begin)
 
 
 def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, lengths: Lengths) -> list[Variant]:
@@ -313,10 +242,9 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
                 sum(ran.prompt_tokens for ran in reply.passes),
                 sum(ran.new_tokens for ran in reply.passes),
                 exposed=sum(ran.seconds for ran in reply.passes[1:]),
-                direct=sum(ran.seconds for ran in reply.passes[1:]),
             )
 
-        return Variant(name, TRANSFORMERS, path, one)
+        return Variant(name, TRANSFORMERS, path, _whole(one))
 
     protectors = [
         variant("published-protector", PublishedProtector(mllm, detector, detoxifier, threshold, lengths), path)
@@ -326,4 +254,8 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
         variant("published-ecso", PublishedEcso(mllm, threshold, lengths), path)
         for path, threshold in THRESHOLDS.items()
     ]
-    return [Variant(TRANSFORMERS, TRANSFORMERS, PATHS[0], off), *protectors, *ecsos]
+    return [Variant(TRANSFORMERS, TRANSFORMERS, PATHS[0], _whole(off)), *protectors, *ecsos]
+
+
+def _whole(one: Callable[[Asked], Run]) -> Callable[[list[Asked]], Whole]:
+    return lambda asked: Whole(lambda: one(asked[0]))

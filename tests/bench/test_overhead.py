@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from time import perf_counter, sleep
 from typing import Any
 
 import pytest
@@ -19,11 +20,11 @@ from stockade.bench.machine import this_machine
 from stockade.bench.overhead_report import Goal, figures
 from stockade.bench.published import Lengths
 from stockade.bench.report import Spread, WrongPath
+from stockade.bench.side_by_side import Run, Variant, Whole, together
 from stockade.bench.variants import (
     DEFAULT,
     TRANSFORMERS,
-    Run,
-    Variant,
+    bench_models,
     check_path,
     counterpart,
     engine_variants,
@@ -89,40 +90,71 @@ def test_a_guard_without_a_name_is_refused() -> None:
 def test_the_engine_does_the_published_passes() -> None:
     """`-as-published` guards cost what they cost because of the engine, not because they do less."""
     with sources("tiny-llava") as weights:
-        engine = weights.engine(torch.float32)
-        mllm, detoxifier = weights.speakers(torch.float32, engine.device)
-        scores = weights.scores(torch.float32, engine.device)
-        ours = engine_variants(engine, LENGTHS, ("protector-as-published", "ecso-as-published"))
+        models = bench_models(weights, torch.float32)
+        mllm, detoxifier = weights.speakers(torch.float32, models.device)
+        scores = weights.scores(torch.float32, models.device)
+        ours = engine_variants(models, LENGTHS, ("protector-as-published", "ecso-as-published"))
         theirs = published_variants(mllm, scores, detoxifier, LENGTHS)
         asked = Asked("A question.", [picture(Random(1))])
         for variant in ours:
             if variant.name.startswith("off"):
                 continue
             other = next(v for v in theirs if (v.name, v.path) == (counterpart(variant.name), variant.path))
-            mine, published = variant.one(asked), other.one(asked)
+            runs = together({"ours": variant.begin([asked]), "theirs": other.begin([asked])}, Random(0))
+            mine, published = runs["ours"], runs["theirs"]
             assert mine.passes == published.passes
             assert mine.new_tokens == published.new_tokens
 
 
+def test_a_clock_stands_still_while_others_step() -> None:
+    class Slow:
+        done, run = False, Run(0.0, (), 0, 0)
+        steps = 0
+
+        def step(self) -> None:
+            sleep(0.05)
+            self.steps += 1
+            self.done = self.steps == 4
+
+    with sources("tiny-llama") as weights:
+        variants = engine_variants(bench_models(weights, torch.float32), LENGTHS, ("protector-separate",))
+        off, harmless, harmful = variants
+        begun = {v.path: v.begin([Asked("A question.", [])]) for v in (off, harmful)}
+        began = perf_counter()
+        runs = together({**begun, "slow": Slow()}, Random(0))
+        wall = perf_counter() - began
+        runs["screened"] = together({"": harmless.begin([Asked("A question.", [])])}, Random(0))[""]
+    plain, mended, screened = runs["harmless"], runs["harmful"], runs["screened"]
+    assert plain.seconds + mended.seconds < wall - 0.15
+    assert plain.passes == ("answer",) and len(plain.steps) >= LENGTHS.answer - 2
+    assert plain.screened == 0 < screened.screened  # so short an answer is read at its end
+    assert 0.0 < plain.exposed < mended.exposed < mended.seconds
+    for run in (plain, mended, screened):
+        assert sum(run.steps) < run.seconds
+
+
 def test_added_latency_is_a_difference_of_pairs() -> None:
     def variant(name: str, baseline: str, path: str = "harmless") -> Variant:
-        return Variant(name, baseline, path, lambda asked: Run(0.0, (), 0, 0))
+        return Variant(name, baseline, path, lambda asked: Whole(lambda: Run(0.0, (), 0, 0)))
 
-    def runs(direct: float = 0.0, **seconds: float) -> dict[int, Run]:
-        return {int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, direct) for repeat, value in seconds.items()}
+    def runs(**seconds: float) -> dict[int, Run]:
+        return {
+            int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, (value / 4, value / 2))
+            for repeat, value in seconds.items()
+        }
 
     variants = [variant("off", "off"), variant("guard", "off"), variant("guard", "off", "harmful")]
     measured = {
         ("off", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
         ("guard", "harmless"): runs(r0=2.0, r1=4.0, r2=9.0),
-        ("guard", "harmful"): runs(2.0, r1=5.0, r2=10.0),  # the rarer path ran in some repeats only
+        ("guard", "harmful"): runs(r1=5.0, r2=10.0),  # the rarer path ran in some repeats only
     }
     made = figures(variants, measured, {"guard": Estimate.of([0.25])})
     harmful = made["guard"]["harmful"]
     assert harmful.added == Estimate(2, 1.0, 1.0, 1.0)  # whatever the questions cost
     assert harmful.added_percent.median == pytest.approx(25.0)
     assert harmful.exposed_percent == pytest.approx(12.5)
-    assert harmful.cost == 2.0  # it is known to have gone into the guard, whatever noise makes of the difference
+    assert (harmful.added_step.n, harmful.added_step.median) == (4, 0.375)  # step by step
     assert harmful.lost is None and made["guard"]["harmless"].lost == Estimate.of([0.25])
     assert made["guard"]["harmless"].added.median == 0.0
 

@@ -1,0 +1,158 @@
+"""Several ways to answer the same questions, measured step by step in turn: what disturbs the machine for a while
+disturbs all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from time import perf_counter
+from typing import NamedTuple, Protocol, TypeVar
+
+from ..engine.engine import Engine, GuardLike
+from ..engine.request import Reply
+from ..engine.running import Request
+from ..engine.sampling import SamplingParams
+from ..engine.trace import Recorder
+from .workload import Asked
+
+
+class Run(NamedTuple):
+    """One measured run: seconds and the work that was done in them.
+
+    seconds: of its own steps only, preparing the questions included. exposed: of them, those after the last step of
+    the answer's decoding. steps: seconds of each step that did nothing but decode answers, in order. screened: tokens
+    that a screen read after that last step. accepted: drafts that came true.
+    """
+
+    seconds: float
+    passes: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    exposed: float = 0.0
+    steps: tuple[float, ...] = ()
+    screened: int = 0
+    accepted: int = 0
+
+
+class UnderWay(Protocol):
+    """A run between its first step and its last; its clock stands still between steps."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def step(self) -> None: ...
+
+    @property
+    def run(self) -> Run: ...
+
+
+class Variant(NamedTuple):
+    """A way to answer. baseline: the unguarded variant it is compared with. begin: starts on some questions."""
+
+    name: str
+    baseline: str
+    path: str
+    begin: Callable[[list[Asked]], UnderWay]
+
+
+@dataclass
+class Whole:
+    """A run that can only be made in one step."""
+
+    make: Callable[[], Run]
+    made: Run | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.made is not None
+
+    def step(self) -> None:
+        self.made = self.make()
+
+    @property
+    def run(self) -> Run:
+        assert self.made is not None
+        return self.made
+
+
+@dataclass
+class Answering:
+    """An engine that answers questions, from an empty cache. check: raises where a reply is not what was meant."""
+
+    engine: Engine
+    requests: list[Request]
+    check: Callable[[Reply], None]
+    seconds: float
+    exposed: float = 0.0
+    screened: int = 0
+    steps: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls,
+        engine: Engine,
+        chats: Sequence[object],
+        guard: GuardLike | None,
+        sampling: SamplingParams | None,
+        check: Callable[[Reply], None],
+    ) -> Answering:
+        engine.pool.clear_cache()
+        engine.recorder = Recorder()
+        began = perf_counter()
+        requests = [engine.submit(chat, guard=guard, sampling=sampling) for chat in chats]
+        return cls(engine, requests, check, perf_counter() - began)
+
+    @property
+    def done(self) -> bool:
+        return all(request.reply is not None for request in self.requests)
+
+    def step(self) -> None:
+        recorder = self.engine.recorder
+        assert recorder is not None
+        known = len(recorder.steps)
+        began = perf_counter()
+        self.engine.step()
+        ended = perf_counter()
+        self.seconds += ended - began
+        self.exposed += ended - began
+        decoding = True
+        for batch in recorder.steps[known:]:
+            roles = {(work.label, work.role) for work in batch.works}
+            decoding = decoding and roles == {("answer", "decode")}
+            if roles & {("answer", "decode"), ("answer", "prefill")}:
+                self.exposed, self.screened = ended - batch.ended, 0
+            else:
+                self.screened += sum(work.tokens for work in batch.works if work.label == "screen")
+        if decoding and len(recorder.steps) > known:
+            self.steps.append(ended - began)
+
+    @property
+    def run(self) -> Run:
+        replies = [request.reply for request in self.requests if request.reply is not None]
+        for reply in replies:
+            self.check(reply)
+        records = [record for reply in replies for record in reply.passes]
+        return Run(
+            self.seconds,
+            tuple(record.label for record in replies[0].passes),
+            sum(record.prompt_tokens for record in records),
+            sum(len(record.token_ids) for record in records),
+            self.exposed,
+            tuple(self.steps),
+            self.screened,
+            sum(record.accepted for record in records),
+        )
+
+
+Key = TypeVar("Key")
+
+
+def together(begun: dict[Key, UnderWay], random: Random) -> dict[Key, Run]:
+    """Step all of them in turn, every turn in another order, until all are done."""
+    left = list(begun.items())
+    while left:
+        for _, one in random.sample(left, len(left)):
+            one.step()
+        left = [(key, one) for key, one in left if not one.done]
+    return {key: one.run for key, one in begun.items()}
