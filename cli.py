@@ -69,8 +69,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 train_app = typer.Typer(help="Train the parts of a guard.", no_args_is_help=True)
+audit_app = typer.Typer(help="Check what a server has written down.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
+app.add_typer(audit_app, name="audit")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -300,6 +302,95 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: ModelOption = "smol",
+    guard: GuardOption = "protector",
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", help="A further guard that clients may ask for; repeatable.")
+    ] = None,
+    threshold: ThresholdOption = None,
+    loosen: Annotated[bool, typer.Option("--allow-lower-threshold", help="Clients may also lower it.")] = False,
+    release: ReleaseOption = "verdict",
+    allow_release: Annotated[
+        str | None, typer.Option("--allow-release", help="The loosest that clients may ask for. (default: --release)")
+    ] = None,
+    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="File with `NAME KEY` a line; without it nobody needs a key.")
+    ] = None,
+    per_minute: Annotated[float | None, typer.Option("--per-minute", help="Requests of a key a minute.")] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--concurrent", min=1, help="Requests of a key under way at once.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Under way at once; else 429.")] = 256,
+    deadline: Annotated[float, typer.Option("--deadline", min=0.1, help="Seconds of a request at most.")] = 120.0,
+    max_tokens: MaxTokensOption = 1024,
+    audit: Annotated[Path | None, typer.Option("--audit", help="File that every decision is written to.")] = None,
+    audit_key: Annotated[
+        Path | None, typer.Option("--audit-key", help="Its key; made where there is none. (default: AUDIT.key)")
+    ] = None,
+    audit_texts: Annotated[
+        bool, typer.Option("--audit-texts", help="Write the texts, too, not only hashes.")
+    ] = False,
+    image_origin: Annotated[
+        list[str] | None,
+        typer.Option("--image-origin", help="https://host that images may be fetched from; repeatable."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option("--cors-origin", help="Origin whose web pages may ask; repeatable.")
+    ] = None,
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Replies tell the texts that the guard withheld. For demonstrations.")
+    ] = False,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says.")
+    ] = False,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Serve OpenAI's API, a web page and metrics; every reply goes through the guard.
+
+    A client may ask for a guard with {"guard": {"policy": …, "release": …,
+    "threshold": …}} in the body: a tighter one always, a looser one only as far
+    as the options allow.
+    """
+    try:
+        from .engine.serving.launch import Serving
+        from .engine.serving.launch import serve as run
+    except ImportError as error:
+        raise BadInput(f"serving needs {error.name}: pip install 'stockade[serve]'") from None
+    from .engine.serving.policy import Policy
+
+    guards = {name: guard_named(name, threshold if name == guard else None) for name in [guard, *(allow or ())]}
+    loosest = None if allow_release is None else release_named(allow_release)
+    serving = Serving(
+        model=Path(model).name,
+        policy=Policy(guards, guard, release_named(release), loosest, loosen),
+        host=host,
+        port=port,
+        keys=keys,
+        per_minute=per_minute,
+        concurrent=concurrent,
+        max_requests=max_requests,
+        deadline=deadline,
+        max_tokens=max_tokens,
+        audit=audit,
+        audit_key=audit_key,
+        audit_texts=audit_texts,
+        image_origins=tuple(image_origin or ()),
+        origins=tuple(cors_origin or ()),
+        reveal=reveal,
+        traces=traces,
+    )
+    console = Console(stderr=True, highlight=False)
+    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    run(engine, serving, console.print)
+
+
+@app.command()
 def models() -> None:
     """Show what can be given as a model."""
     from .console import plain_table
@@ -336,6 +427,23 @@ def doctor() -> None:
     console.print("All that is needed is there." if found.healthy else "Something that is needed is missing.")
     if not found.healthy:
         raise typer.Exit(1)
+
+
+@audit_app.command()
+def verify(
+    log: Annotated[Path, typer.Argument(metavar="LOG", exists=True, dir_okay=False)],
+    key: Annotated[Path | None, typer.Option("--key", help="Its key file. (default: LOG.key)")] = None,
+    last: Annotated[str | None, typer.Option("--last", help="The chain value that its last line must have.")] = None,
+) -> None:
+    """Check that no line of a server's audit log is missing or altered."""
+    from .engine.serving.audit import read_key
+    from .engine.serving.audit import verify as check
+
+    with open(log, "rb") as lines:
+        found = check(lines, read_key(key or log.with_name(log.name + ".key")), last)
+    end = "closed" if found.closed else "not closed: its server runs, was killed, or lines are missing at the end"
+    print(f"{found.lines} lines, {found.decisions} decisions, all in place; {end}")
+    print(f"last: {found.last}")
 
 
 @train_app.command()

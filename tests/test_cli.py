@@ -56,7 +56,7 @@ def test_help_and_version_do_without_the_heavy_imports() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("demo", "chat", "generate", "bench", "models", "doctor", "train"):
+    for command in ("demo", "chat", "generate", "serve", "audit", "bench", "models", "doctor", "train"):
         assert command in done.stdout
     assert re.fullmatch(r"stockade \d+\.\d+\.\d+\n", run("--version").output)
 

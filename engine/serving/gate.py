@@ -1,0 +1,115 @@
+"""What stands before every request: keys and limits, the body's size, slow clients, and errors that nobody caught.
+
+An ASGI middleware; what the requests ask for is not its business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import RequestTooLarge, SlowClient, StockadeError
+from .http_errors import failure
+from .limits import Doors
+from .metrics import Metrics
+
+# Whoever asks for these needs no key: they tell nothing of anybody's requests.
+OPEN = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json", "/offer"})
+
+
+class Refused(HTTPException):
+    """A body that is not read to its end. (FastAPI passes HTTP exceptions on while it reads a body, no others.)"""
+
+    def __init__(self, error: StockadeError) -> None:
+        super().__init__(400, str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Gate:
+    """body_seconds: within which a body must be there. send_seconds: within which a client must take what it is sent,
+    piece by piece. max_body: bytes."""
+
+    app: ASGIApp
+    doors: Doors
+    metrics: Metrics
+    log: logging.Logger
+    max_body: int
+    body_seconds: float
+    send_seconds: float
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            try:
+                async with asyncio.timeout(self.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise SlowClient("the client does not read") from None
+
+        try:
+            tenant = None
+            if scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+                tenant = self.doors.tenant(headers.get(b"authorization", b"").decode("latin-1"))
+            self._check_length(headers.get(b"content-length"))
+            scope.setdefault("state", {})["tenant"] = tenant
+            counted = tenant is not None and scope["method"] == "POST"
+            with tenant.request() if tenant is not None and counted else nullcontext():
+                await self.app(scope, self._limited(receive), sending)
+        except Exception as error:
+            told = failure(error.error if isinstance(error, Refused) else error)
+            if told.status >= 500:
+                self.log.error("%s in %s", type(error).__name__, _place(error))
+            self.metrics.refused(told.status, told.code)
+            if not started:  # else the server sees that the reply has no end, and cuts the connection
+                await told.response()(scope, receive, send)
+
+    def _check_length(self, length: bytes | None) -> None:
+        if length is not None and length.isdigit() and int(length[:20]) > self.max_body:
+            raise RequestTooLarge(f"the body has more than {self.max_body} bytes, which is the limit")
+
+    def _limited(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
+        """`receive` that counts the body's bytes and seconds until all of it is there."""
+        loop = asyncio.get_running_loop()
+        ends, size, whole = loop.time() + self.body_seconds, 0, False
+
+        async def receiving() -> Any:
+            nonlocal size, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(SlowClient(f"the body took more than {self.body_seconds:g} seconds")) from None
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise Refused(RequestTooLarge(f"the body has more than {self.max_body} bytes, which is the limit"))
+            whole = not message.get("more_body", False)
+            return message
+
+        return receiving
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception was raised; its message may hold a text and is not told."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "?"
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

@@ -1,0 +1,504 @@
+"""What a server does with a request: a guard within the operator's bounds, the engine, the audit log, the metrics.
+
+No text leaves before its line is in the log. HTTP begins one file further up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from time import monotonic, time
+from typing import Any
+
+from ..async_engine import AsyncEngine, AsyncRequest
+from ..chat import Chat
+from ..errors import (
+    Aborted,
+    BadInput,
+    DeadlineExceeded,
+    InvalidMessage,
+    PassError,
+    PromptTooLong,
+    UnknownModel,
+    UnsupportedImage,
+)
+from ..guards import Detector, HarmHead
+from ..images import ImageLimits
+from ..request import FinishReason, Outcome, Replaced, Reply, Verdict
+from ..sampling import SamplingParams
+from . import protocol as wire
+from .audit import AuditLog
+from .forms import About, Form, finish_reason, guard_report, progress_report, usage_report, verdict_report
+from .http_errors import failure
+from .limits import Tenant
+from .metrics import Metrics, known_reason
+from .policy import Chosen, Policy
+from .raw_prompts import continued, moderated
+from .remote_images import RemoteImages
+from .spans import Spans
+
+KEEP_ALIVE = 10.0  # seconds of silence after which a stream says that it is there
+MODERATED_AT_ONCE = 32  # texts of one request
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator sets. model: the name under which it is served. deadline: seconds of a request at most.
+    max_tokens: of an answer, at most and if the client names none. reveal: whether replies tell the texts of passes
+    that did not go out. images: None where nothing is fetched.
+    """
+
+    model: str
+    policy: Policy
+    deadline: float = 120.0
+    max_tokens: int = 1024
+    reveal: bool = False
+    images: RemoteImages | None = None
+    image_limits: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=12 << 20))
+
+
+class Service:
+    """One engine under one operator's settings. spans: None where nothing is traced.
+
+    Raises `InvalidGuard` for a policy that the engine cannot run.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        settings: Settings,
+        audit: AuditLog | None = None,
+        metrics: Metrics | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        inner = engine.engine
+        self.engine = engine
+        self.settings = replace(settings, policy=settings.policy.bound(inner.traits))
+        self.audit = audit
+        self.metrics = metrics or Metrics(engine)
+        self.spans = spans
+        self.created = int(time())
+        self.context = inner.models["mllm"].context
+        self.image_limits = replace(settings.image_limits, local_files=False)
+        self.detector = self._moderator()
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.ready and (self.audit is None or self.audit.writable)
+
+    def check_model(self, name: str) -> None:
+        """Raises `UnknownModel` for any name but the served one."""
+        if name != self.settings.model:
+            raise UnknownModel(f"there is no such model here; there is {self.settings.model!r}")
+
+    def offer(self) -> wire.Offer:
+        models, policy = self.engine.engine.models, self.settings.policy
+        return wire.Offer(
+            model=self.settings.model,
+            images=models["mllm"].max_images > 0,
+            default_policy=policy.default,
+            default_release=policy.release,
+            guards=policy.offered(models),
+            texts_revealed=self.settings.reveal,
+        )
+
+    async def chat(self, body: wire.ChatRequest, tenant: Tenant, form: Form, parent: str | None = None) -> Exchange:
+        """Begin a chat. Raises what the engine and the policy raise, before anything was answered."""
+        self.check_model(body.model)
+        chosen = self.settings.policy.choose(body.guard, self.engine.engine.models)
+        sampling = self._sampling(body, body.max_completion_tokens or body.max_tokens)
+        began = monotonic()
+        chat = await self.parse(body.messages)
+        exchange = Exchange(self, form, chosen, tenant, chat, self._about("chatcmpl"), parent)
+        await exchange.begin(
+            body,
+            began,
+            lambda engine: engine.submit(
+                chat,
+                guard=chosen.guard,
+                sampling=sampling,
+                salt=tenant.salt,
+                streaming=bool(body.stream),
+                release=chosen.release,
+            ),
+        )
+        return exchange
+
+    async def complete(
+        self, body: wire.CompletionRequest, tenant: Tenant, form: Form, parent: str | None = None
+    ) -> Exchange:
+        """Begin the continuation of a raw prompt; its text is the question that a guard knows of.
+
+        Raises as `chat`.
+        """
+        self.check_model(body.model)
+        chosen = self.settings.policy.choose(body.guard, self.engine.engine.models)
+        sampling = self._sampling(body, body.max_tokens)
+        prompt = body.prompt[0] if isinstance(body.prompt, list) and isinstance(body.prompt[0], str) else body.prompt
+        ids = await self.engine.call(lambda engine: engine.encode_prompt(prompt))
+        text = prompt if isinstance(prompt, str) else self.engine.engine.models["mllm"].codec.decode(ids)
+        chat = Chat.single(text)
+        exchange = Exchange(self, form, chosen, tenant, chat, self._about("cmpl"), parent)
+        await exchange.begin(
+            body,
+            monotonic(),
+            lambda engine: engine.driver.submit(
+                continued(ids, chosen.guard.run(chat, engine.traits, chosen.release)),
+                sampling,
+                tenant.salt,
+                bool(body.stream),
+                guarded=True,
+            ),
+        )
+        return exchange
+
+    async def moderate(self, body: wire.ModerationRequest, tenant: Tenant) -> wire.Moderation:
+        """Verdicts on texts, in their order. Raises as `chat`, and `UnknownModel` where there is no detector."""
+        if self.detector is None:
+            raise UnknownModel("there is no harm detector here")
+        if isinstance(body.input, str):
+            texts = [body.input]
+        else:
+            texts = [one if isinstance(one, str) else one.text for one in body.input]
+        ends, slots = monotonic() + self.settings.deadline, asyncio.Semaphore(MODERATED_AT_ONCE)
+        tasks = [asyncio.create_task(self._moderate(text, self.detector, tenant, ends, slots)) for text in texts]
+        try:
+            results = [_moderation(verdict) for verdict in await asyncio.gather(*tasks)]
+        finally:
+            for task in tasks:
+                task.cancel()
+        about = self._about("modr")
+        if self.audit is not None:
+            for text, result in zip(texts, results, strict=True):
+                facts = {"request": about.id, "endpoint": "moderations", "key": tenant.name}
+                score = result.category_scores["harmful"]
+                self.audit.write(
+                    "decision", **facts, **self.audit.said("text", text), flagged=result.flagged, p_harmful=score
+                )
+        return wire.Moderation(id=about.id, model=self.detector.name, results=results)
+
+    async def tokenize(self, body: wire.TokenizeRequest) -> wire.Tokenized:
+        """Raises `InvalidMessage` unless there is one of both, and for images, whose tokens hang on the pixels."""
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidMessage("send either a prompt or messages")
+        if body.model is not None:
+            self.check_model(body.model)
+        if body.prompt is not None:
+            text = body.prompt
+            if len(text) > self.context * 64:
+                raise BadInput(f"the text has {len(text)} characters, more than {self.context} tokens could hold")
+            ids = await self.engine.call(lambda engine: engine.models["mllm"].codec.encode_text(text))
+        else:
+            assert body.messages is not None
+            if _has_images(body.messages):
+                raise InvalidMessage("only texts have tokens that can be told without their model")
+            chat = await self.parse(body.messages)
+            ids = await self.engine.call(lambda engine: engine.models["mllm"].codec.encode_chat(chat))
+        return wire.Tokenized(tokens=ids, count=len(ids), max_model_len=self.context)
+
+    async def parse(self, messages: list[wire.Message]) -> Chat:
+        """The engine's chat; images are fetched where that is allowed, and decoded, in threads."""
+        plain = [_plain(message) for message in messages]
+        if not _has_images(messages):
+            return Chat.parse(plain, self.image_limits)
+        return await asyncio.to_thread(self._parse_images, plain)
+
+    # Inside.
+
+    def _parse_images(self, messages: list[dict[str, Any]]) -> Chat:
+        count = 0
+        for message in messages:
+            parts = message["content"] if isinstance(message["content"], list) else []
+            for number, part in enumerate(parts):
+                if part["type"] != "image_url":
+                    continue
+                count += 1
+                if count <= self.image_limits.max_images and part["image_url"]["url"][:5].lower() != "data:":
+                    if self.settings.images is None:
+                        raise UnsupportedImage("images are not fetched here; send a data: URL")
+                    data = self.settings.images.fetch(part["image_url"]["url"])
+                    parts[number] = {"type": "image", "image": data}
+        return Chat.parse(messages, self.image_limits)
+
+    def _sampling(self, body: wire.Sampled, max_tokens: int | None) -> SamplingParams:
+        most = self.settings.max_tokens
+        given = {
+            name: value
+            for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop_token_ids", "ignore_eos")
+            if (value := getattr(body, name)) is not None
+        }
+        return SamplingParams(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            max_tokens=most if max_tokens is None else min(max_tokens, most),
+            stop=(body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ()),
+            **given,
+        )
+
+    async def _moderate(
+        self, text: str, detector: Detector, tenant: Tenant, ends: float, slots: asyncio.Semaphore
+    ) -> Verdict:
+        async with slots:
+            try:
+                request = await self.engine.begin(
+                    lambda engine: engine.driver.submit(
+                        moderated(text, detector), None, tenant.salt, False, guarded=True
+                    ),
+                    timeout=max(0.001, ends - monotonic()),
+                )
+            except PromptTooLong:
+                return Verdict.failed(detector.name, "too_long")
+            try:
+                reply = await request.reply()
+            finally:
+                request.abort()
+        self.metrics.replied("moderations", "moderation", reply)
+        if not reply.verdicts:
+            return Verdict.failed(detector.name, "failed")
+        return reply.verdicts[0]
+
+    def _moderator(self) -> Detector | None:
+        """The harm detector of the default guard, or the engine's own."""
+        inner = self.engine.engine
+        guards = self.settings.policy.guards
+        for name in sorted(guards, key=lambda name: name != self.settings.policy.default):
+            detector = guards[name].detector
+            if isinstance(detector, HarmHead):
+                return detector
+        model = inner.models.get("detector")
+        if model is None or model.head is None or model.head.spec.template is None:
+            return None
+        return HarmHead().bind(inner.traits)
+
+    def _about(self, kind: str) -> About:
+        return About(f"{kind}-{secrets.token_hex(12)}", int(time()), self.settings.model)
+
+
+class Exchange:
+    """One request that was let in, until its reply has left. Exactly one of `whole` and `events` is used, once."""
+
+    def __init__(
+        self,
+        service: Service,
+        form: Form,
+        chosen: Chosen,
+        tenant: Tenant,
+        chat: Chat,
+        about: About,
+        parent: str | None,
+    ) -> None:
+        self._service = service
+        self._form = form
+        self._chosen = chosen
+        self._tenant = tenant
+        self._chat = chat
+        self._about = about
+        self._parent = parent
+        self._request: AsyncRequest | None = None
+        self._began = 0.0
+        self._shown = 0  # characters that were handed over to be sent
+        self._progress = self._usage = False
+
+    async def begin(self, body: wire.Sampled, began: float, submit: Callable[[Any], Any]) -> None:
+        """began: of `time.monotonic`, from when on the deadline counts."""
+        settings = self._service.settings
+        seconds = min(body.timeout or settings.deadline, settings.deadline)
+        left = began + seconds - monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time is over")
+        self._began = began
+        self._progress = bool(body.guard and body.guard.progress)
+        self._usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._request = await self._service.engine.begin(submit, timeout=left, watched=self._progress)
+
+    def abort(self) -> None:
+        """The client is gone."""
+        if self._request is not None:
+            self._request.abort()
+
+    async def whole(self) -> bytes:
+        """The reply as JSON. Raises `PassError` where the answer failed, and as `AsyncRequest.reply` does."""
+        request = self._request
+        assert request is not None
+        try:
+            reply = await request.reply()
+            self._check(reply)
+            self._decided(reply)
+        except BaseException as error:
+            self._failed(error)
+            raise
+        finally:
+            request.abort()
+        self._told(reply)
+        guard = guard_report(reply, self._chosen, self._service.settings.reveal)
+        return self._form.whole(self._about, reply, usage_report(reply), guard).model_dump_json().encode()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The reply as server-sent events; a failure is an event, too. Closing it aborts the request."""
+        request = self._request
+        assert request is not None
+        ended = False
+        try:
+            yield self._event(self._form.piece(self._about, "", first=True))
+            async for event in self._live(request):
+                yield event
+            if request.error is not None:
+                raise request.error
+            reply = request.final
+            assert reply is not None
+            self._check(reply)
+            rest = request.take()
+            self._decided(reply, any(isinstance(item, Replaced) for item in rest))
+            self._told(reply)
+            ended = True
+            for event in self._last(reply, rest):
+                yield event
+            yield DONE
+        except Aborted as error:  # there is nobody to tell
+            ended = True
+            self._failed(error)
+        except Exception as error:
+            ended = True
+            self._failed(error)
+            yield self._error(error)
+        finally:
+            request.abort()
+            if not ended:
+                self._failed(Aborted("the client is gone"))
+
+    async def _live(self, request: AsyncRequest) -> AsyncIterator[bytes]:
+        """What may leave before the end."""
+        told: list[Any] = []
+        while not request.done:
+            for item in request.take():
+                # what takes the place of a text comes at the end only, and `_last` tells it
+                assert isinstance(item, str)
+                if not self._shown:
+                    self._write("release")
+                    self._left()
+                self._shown += len(item)
+                yield self._event(self._form.piece(self._about, item))
+            if self._progress and request.progress != told:
+                told = request.progress
+                yield self._event(self._form.aside(self._about, progress=progress_report(told)))
+            try:
+                async with asyncio.timeout(KEEP_ALIVE):
+                    await request.changed()
+            except TimeoutError:
+                yield b": the answer is on its way\n\n"
+
+    def _last(self, reply: Reply, rest: list[str | Replaced]) -> list[bytes]:
+        """What leaves at the end: the rest of the text, or what takes its place; then the guard's report."""
+        form, about, out = self._form, self._about, []
+        replaced = next((item for item in rest if isinstance(item, Replaced)), None)
+        if replaced is not None and not self._shown:  # for this client it replaces nothing
+            replaced, rest = None, [reply.text]
+        if replaced is not None or reply.outcome is Outcome.REFUSED:
+            out.append(form.piece(about, reply.text, refusal=True))
+        else:
+            out += [form.piece(about, item) for item in rest if isinstance(item, str)]
+        if not self._shown:
+            self._left()
+        instead = None if replaced is None else wire.Replacement(text=reply.text, released_characters=self._shown)
+        guard = guard_report(reply, self._chosen, self._service.settings.reveal, instead)
+        reason = "content_filter" if replaced is not None else finish_reason(reply)
+        out.append(form.end(about, reason, guard))
+        if self._usage:
+            out.append(form.aside(about, usage=usage_report(reply)))
+        return [self._event(body) for body in out]
+
+    def _check(self, reply: Reply) -> None:
+        if reply.finish_reason is FinishReason.ERROR:
+            raise PassError("the answer could not be computed")
+
+    def _decided(self, reply: Reply, replaced: bool = False) -> None:
+        """Write the decision down. Raises `AuditFailed`, and then nothing may leave."""
+        audit = self._service.audit
+        if audit is None:
+            return
+        judged = [record for record in reply.passes if record.candidate]
+        self._write(
+            "decision",
+            outcome=reply.outcome.value,
+            decided_by=reply.verdicts[-1].detector if reply.verdicts else "policy",
+            verdicts=[verdict_report(verdict).model_dump() for verdict in reply.verdicts],
+            reason=known_reason(reply.verdicts[-1].error) if reply.verdicts else None,
+            answers=[audit.said("answer", record.text) for record in judged],
+            replaced_characters=self._shown if replaced else 0,
+            unscreened_characters=reply.trace.unscreened_characters,
+            **audit.said("released", reply.text),
+        )
+
+    def _told(self, reply: Reply) -> None:
+        self._service.metrics.replied(self._form.endpoint, self._chosen.policy, reply)
+        if self._service.spans is not None:
+            self._service.spans.record(self._about.id, self._chosen, reply, self._parent)
+
+    def _failed(self, error: BaseException) -> None:
+        """A request ended without a reply; what had left by then is told."""
+        outcome = type(error).__name__ if isinstance(error, Exception) else "Aborted"
+        request, metrics = self._request, self._service.metrics
+        metrics.ended(self._form.endpoint, self._chosen.policy, outcome)
+        if request is not None and request.final is not None:
+            metrics.replied(self._form.endpoint, self._chosen.policy, request.final)
+        audit = self._service.audit
+        if audit is not None and audit.writable:
+            self._write("failure", error=outcome, shown_characters=self._shown)
+
+    def _left(self) -> None:
+        self._service.metrics.sent_first.labels(self._chosen.release).observe(monotonic() - self._began)
+
+    def _write(self, event: str, **facts: Any) -> None:
+        audit = self._service.audit
+        if audit is None:
+            return
+        audit.write(
+            event,
+            request=self._about.id,
+            endpoint=self._form.endpoint,
+            key=self._tenant.name,
+            policy=self._chosen.policy,
+            release=self._chosen.release,
+            **audit.asked(self._chat),
+            **facts,
+        )
+
+    def _event(self, body: Any) -> bytes:
+        left_out = {name for name in ("usage", "guard", "progress") if getattr(body, name) is None}
+        return b"data: " + body.model_dump_json(exclude=left_out).encode() + b"\n\n"
+
+    def _error(self, error: Exception) -> bytes:
+        return b"data: " + failure(error).body.model_dump_json().encode() + b"\n\n"
+
+
+def _plain(message: wire.Message) -> dict[str, Any]:
+    """A message as the engine reads it; what an assistant refused with is what it said."""
+    content: Any = message.content
+    if content is None and message.role == "assistant":
+        content = message.refusal or ""
+    if isinstance(content, list):
+        content = [part.model_dump() for part in content]
+    return {"role": message.role, "content": content}
+
+
+def _has_images(messages: list[wire.Message]) -> bool:
+    return any(
+        isinstance(part, wire.ImagePart)
+        for message in messages
+        if isinstance(message.content, list)
+        for part in message.content
+    )
+
+
+def _moderation(verdict: Verdict) -> wire.ModerationResult:
+    """Moderation endpoints report P(harmful); a verdict that failed is a flag."""
+    report = verdict_report(verdict)
+    return wire.ModerationResult(
+        flagged=verdict.harmful,
+        categories={"harmful": verdict.harmful},
+        category_scores={"harmful": 1.0 if report.score is None else 1.0 - report.score},
+        category_applied_input_types={"harmful": ["text"]},
+        error=report.error,
+    )
