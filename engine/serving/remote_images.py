@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from time import monotonic
 from urllib.parse import SplitResult, urlsplit
 
-from ..errors import BadInput, ImageTooLarge, UnreadableImage, UnsupportedImage
+from ..errors import BadImage, BadInput, ImageTooLarge, UnreadableImage, UnsupportedImage
 
 _PORTS = {"https": 443, "http": 80}
 
@@ -68,6 +68,8 @@ class RemoteImages:
             if not found or not all(self.allowed(address) for address in found):
                 raise UnsupportedImage("images are fetched from public addresses only")
             return self._get(parts, host, port, found[0], ends)
+        except BadImage:
+            raise
         except (OSError, http.client.HTTPException, ValueError):
             raise UnreadableImage("the image could not be fetched") from None
 
