@@ -182,3 +182,14 @@ class AuditFailed(Unavailable):
 
 class AuditBroken(StockadeError):
     """An audit log misses lines, or has lines that were altered."""
+
+
+# What an exported detector may be refused for.
+
+
+class MissingExtra(StockadeError, ImportError):
+    """A package is not installed that only an extra of this package brings."""
+
+
+class DetectorClosed(PassError):
+    """The detector was closed and gives no more scores."""
