@@ -127,7 +127,8 @@ def _saturation(
         runs = together(begun, questions.random)
         for name, run in runs.items():
             if pair >= 0 and name != "off":
-                lost.setdefault(name, []).append(1.0 - runs["off"].seconds / run.seconds)
+                added = run.steady - runs["off"].steady
+                lost.setdefault(name, []).append(added / (runs["off"].seconds + added))
         if told:
             told("throughput", pair + 2, config.saturation_pairs + 1)
     return {name: Estimate.of(values) for name, values in lost.items()}

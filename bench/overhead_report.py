@@ -42,12 +42,13 @@ class OverheadConfig:
 
 
 class Figure(NamedTuple):
-    """One variant on one path, in seconds. added: over the same question's unguarded run; added_step: in a step that
-    only decodes. exposed, step, screened, accepted: see `Run`. lost: share of the throughput of many requests at
-    once; None where that was not measured."""
+    """One variant on one path, in seconds. added: steady seconds beyond those of the same question's unguarded run;
+    added_wall: all seconds beyond; added_step: in a step that only decodes. exposed, step, screened, accepted: see
+    `Run`. lost: share of the throughput of many requests at once; None where that was not measured."""
 
     total: Spread
     added: Estimate
+    added_wall: Estimate
     baseline: float
     exposed: Spread
     step: Spread
@@ -119,7 +120,8 @@ def figures(
         last = list(mine.values())[-1]
         out.setdefault(variant.name, {})[variant.path] = Figure(
             total=Spread.of(run.seconds for run in mine.values()),
-            added=Estimate.of(run.seconds - base[repeat].seconds for repeat, run in mine.items()),
+            added=Estimate.of(run.steady - base[repeat].steady for repeat, run in mine.items()),
+            added_wall=Estimate.of(run.seconds - base[repeat].seconds for repeat, run in mine.items()),
             baseline=Spread.of(run.seconds for run in base.values()).median,
             exposed=Spread.of(run.exposed for run in mine.values()),
             step=Spread.of(seconds for run in mine.values() for seconds in run.steps or (0.0,)),
@@ -278,6 +280,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
         "exposed_ms": _round(1e3 * figure.exposed.median),
         "exposed_percent": _round(figure.exposed_percent),
         "step_ms": _round(1e3 * figure.step.median),
+        "added_wall_ms": figure.added_wall.scaled(1e3).to_dict(),
         "added_step_us": figure.added_step.scaled(1e6).to_dict(),
         "exposed_screened_tokens": figure.screened,
         "accepted_drafts": figure.accepted.median,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -20,19 +21,28 @@ from .workload import Asked
 class Run(NamedTuple):
     """One measured run: seconds and the work that was done in them.
 
-    seconds: of its own steps only, preparing the questions included. exposed: of them, those after the last step of
-    the answer's decoding. steps: seconds of each step that did nothing but decode answers, in order. screened: tokens
-    that a screen read after that last step. accepted: drafts that came true.
+    seconds: of its own steps only, preparing the questions included. before: of them, those of work that the
+    unguarded run has as well, whatever the guard. exposed: those after the last step of the answer's decoding. steps:
+    seconds of each step that did nothing but decode answers, in order. screened: tokens that a screen read after that
+    last step. accepted: drafts that came true.
     """
 
     seconds: float
     passes: tuple[str, ...]
     prompt_tokens: int
     new_tokens: int
+    before: float = 0.0
     exposed: float = 0.0
     steps: tuple[float, ...] = ()
     screened: int = 0
     accepted: int = 0
+
+    @property
+    def steady(self) -> float:
+        """Seconds that a guard can change, the steps that only decode being counted by their median: one of them may
+        take a hundred times as long when something else wants the machine."""
+        typical = len(self.steps) * median(self.steps) if self.steps else 0.0
+        return self.seconds - self.before - sum(self.steps) + typical
 
 
 class UnderWay(Protocol):
@@ -84,6 +94,7 @@ class Answering:
     requests: list[Request]
     check: Callable[[Reply], None]
     seconds: float
+    before: float = 0.0
     exposed: float = 0.0
     screened: int = 0
     steps: list[float] = field(default_factory=list)
@@ -101,7 +112,8 @@ class Answering:
         engine.recorder = Recorder()
         began = perf_counter()
         requests = [engine.submit(chat, guard=guard, sampling=sampling) for chat in chats]
-        return cls(engine, requests, check, perf_counter() - began)
+        seconds = perf_counter() - began
+        return cls(engine, requests, check, seconds, before=seconds)
 
     @property
     def done(self) -> bool:
@@ -114,18 +126,21 @@ class Answering:
         began = perf_counter()
         self.engine.step()
         ended = perf_counter()
-        self.seconds += ended - began
-        self.exposed += ended - began
-        decoding = True
+        took = ended - began
+        self.seconds += took
+        self.exposed += took
+        done = set()
         for batch in recorder.steps[known:]:
             roles = {(work.label, work.role) for work in batch.works}
-            decoding = decoding and roles == {("answer", "decode")}
+            done |= roles
             if roles & {("answer", "decode"), ("answer", "prefill")}:
                 self.exposed, self.screened = ended - batch.ended, 0
             else:
                 self.screened += sum(work.tokens for work in batch.works if work.label == "screen")
-        if decoding and len(recorder.steps) > known:
-            self.steps.append(ended - began)
+        if done == {("answer", "prefill")}:
+            self.before += took
+        elif done == {("answer", "decode")}:
+            self.steps.append(took)
 
     @property
     def run(self) -> Run:
@@ -138,6 +153,7 @@ class Answering:
             tuple(record.label for record in replies[0].passes),
             sum(record.prompt_tokens for record in records),
             sum(len(record.token_ids) for record in records),
+            self.before,
             self.exposed,
             tuple(self.steps),
             self.screened,

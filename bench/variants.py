@@ -227,7 +227,8 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
         began = perf_counter()
         prompt = conversation("human", asked.text, len(asked.images))
         ran = mllm.generate("answer", prompt, asked.images, max_new_tokens=lengths.answer)
-        return Run(perf_counter() - began, (ran.label,), ran.prompt_tokens, ran.new_tokens)
+        seconds = perf_counter() - began
+        return Run(seconds, (ran.label,), ran.prompt_tokens, ran.new_tokens, before=seconds)
 
     def variant(name: str, pipeline: PublishedProtector | PublishedEcso, path: str) -> Variant:
         def one(asked: Asked) -> Run:
@@ -236,12 +237,14 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
             seconds = perf_counter() - began
             if reply.harmful is not (path == "harmful") or reply.passes[0].new_tokens != lengths.answer:
                 raise WrongPath(f"{name} did not take the {path} path with {lengths.answer} tokens")
+            after = sum(ran.seconds for ran in reply.passes[1:])
             return Run(
                 seconds,
                 tuple(ran.label for ran in reply.passes),
                 sum(ran.prompt_tokens for ran in reply.passes),
                 sum(ran.new_tokens for ran in reply.passes),
-                exposed=sum(ran.seconds for ran in reply.passes[1:]),
+                before=seconds - after,
+                exposed=after,
             )
 
         return Variant(name, TRANSFORMERS, path, _whole(one))

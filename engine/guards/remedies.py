@@ -75,7 +75,7 @@ class Detoxify:
     chat_template: bool | None = None
     sampling: SamplingParams | None = None
     timeout: float | None = None
-    draft_tokens: int | None = 8
+    draft_tokens: int | None = 12
     name: str = "detoxify"
     keeps_images: ClassVar[bool] = True
 

@@ -129,8 +129,10 @@ def test_a_clock_stands_still_while_others_step() -> None:
     assert plain.passes == ("answer",) and len(plain.steps) >= LENGTHS.answer - 2
     assert plain.screened == 0 < screened.screened  # so short an answer is read at its end
     assert 0.0 < plain.exposed < mended.exposed < mended.seconds
-    for run in (plain, mended, screened):
-        assert sum(run.steps) < run.seconds
+    assert sum(plain.steps) + plain.before == pytest.approx(plain.seconds)  # it does nothing else
+    for run in (mended, screened):
+        assert sum(run.steps) + run.before < run.seconds
+        assert 0.0 < run.steady < run.seconds
 
 
 def test_added_latency_is_a_difference_of_pairs() -> None:
@@ -139,7 +141,7 @@ def test_added_latency_is_a_difference_of_pairs() -> None:
 
     def runs(**seconds: float) -> dict[int, Run]:
         return {
-            int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.5, (value / 4, value / 2))
+            int(repeat[1:]): Run(value, ("answer",), 1, 1, 0.25, 0.5, (value / 4, value / 2, value / 8))
             for repeat, value in seconds.items()
         }
 
@@ -151,10 +153,11 @@ def test_added_latency_is_a_difference_of_pairs() -> None:
     }
     made = figures(variants, measured, {"guard": Estimate.of([0.25])})
     harmful = made["guard"]["harmful"]
-    assert harmful.added == Estimate(2, 1.0, 1.0, 1.0)  # whatever the questions cost
-    assert harmful.added_percent.median == pytest.approx(25.0)
+    assert harmful.added_wall == Estimate(2, 1.0, 1.0, 1.0)  # whatever the questions cost
+    assert harmful.added == Estimate(2, 0.875, 0.875, 0.875)  # 1/8 of all, and three times 1/4
+    assert harmful.added_percent.median == pytest.approx(21.875)
     assert harmful.exposed_percent == pytest.approx(12.5)
-    assert (harmful.added_step.n, harmful.added_step.median) == (4, 0.375)  # step by step
+    assert (harmful.added_step.n, harmful.added_step.median) == (6, 0.25)  # step by step
     assert harmful.lost is None and made["guard"]["harmless"].lost == Estimate.of([0.25])
     assert made["guard"]["harmless"].added.median == 0.0
 

@@ -208,3 +208,17 @@ def test_guessing_pauses_where_it_does_not_pay() -> None:
     assert quiet >= 20 and lookup.accepted == 0 and lookup.proposed >= tried
     lookup.learn(1, 1, len(text))
     assert len(lookup.propose(text, 50)) == 2  # and grows again where it does
+
+
+def test_one_token_is_enough_close_behind_a_copy() -> None:
+    original = list(range(100, 140))
+    lookup = PromptLookup(8)
+    text = [*original, 7, 100, 101]
+    assert lookup.propose(text, 20) == original[2:10]
+    text += [102, 103, 104, 8]  # three came true, then something else was said
+    lookup.learn(8, 3, len(text))
+    assert lookup.propose(text, 20) == []
+    assert lookup.propose([*text, 9, 112], 20) == original[13:15]  # two guesses: the reason is a weak one
+    assert lookup.propose([*text, 9, 112, 10, 130], 20) == []  # too far away
+    lookup.learn(2, 2, len(text) + 4)
+    assert lookup.propose([*text, 9, 112, 10, 130, 113, 114], 20) == original[15:23]

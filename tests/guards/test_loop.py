@@ -69,7 +69,7 @@ def score(text: str) -> Score:
 
 def rewrite(text: str) -> Generate:
     prompt = prompts.rewrite_with_question("How?", text)
-    return Generate("detoxifier", prompt, "rewrite", screen=SCREEN, draft_tokens=8)
+    return Generate("detoxifier", prompt, "rewrite", screen=SCREEN, draft_tokens=12)
 
 
 def refused(decision: Decision, reason: str, text: str = prompts.REFUSAL) -> bool:
