@@ -14,6 +14,7 @@ from rich.text import Text
 from . import __version__
 from .bench.commands import app as bench_app
 from .engine.errors import BadInput, InvalidGuard, StockadeError
+from .export.commands import app as export_app
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -71,6 +72,7 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train the parts of a guard.", no_args_is_help=True)
 audit_app = typer.Typer(help="Check what a server has written down.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(export_app, name="export")
 app.add_typer(train_app, name="train")
 app.add_typer(audit_app, name="audit")
 

