@@ -50,9 +50,11 @@ class Live:
 
 
 @contextmanager
-def serving(engine: Engine, policy: Policy = OPEN, **options: Any) -> Iterator[Live]:
+def serving(
+    engine: Engine, policy: Policy = OPEN, settings: type[Serving] = Serving, **options: Any
+) -> Iterator[Live]:
     """Serve the engine as `tiny` until the block ends; then nothing may be left in it."""
-    server = make_server(engine, Serving("tiny", policy, port=0, **{"max_tokens": 64, "drain": 5.0, **options}))
+    server = make_server(engine, settings("tiny", policy, port=0, **{"max_tokens": 64, "drain": 5.0, **options}))
     thread = threading.Thread(target=server.run)
     thread.start()
     ends = time.monotonic() + 20
