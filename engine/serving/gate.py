@@ -72,7 +72,7 @@ class Gate:
                 await self.app(scope, self._limited(receive), sending)
         except Exception as error:
             told = failure(error.error if isinstance(error, Refused) else error)
-            if told.status >= 500:
+            if told.status == 500:  # the others are no surprise
                 self.log.error("%s in %s", type(error).__name__, _place(error))
             self.metrics.refused(told.status, told.code)
             if not started:  # else the server sees that the reply has no end, and cuts the connection
