@@ -21,7 +21,7 @@ from .engine import Engine, GuardLike
 from .errors import Aborted, DeadlineExceeded, EngineStopped, Overloaded
 from .passes import ReleaseMode
 from .request import FinishReason, Replaced, Reply
-from .running import Request, Run
+from .running import OutsideRun, Request, Run
 from .sampling import SamplingParams
 
 GRACE = 5.0  # seconds past a deadline until a waiter no longer relies on the stepping thread to say so
@@ -423,9 +423,9 @@ def _progress(request: Request) -> list[Progress]:
     ]
 
 
-def _progress_of(run: Run | None) -> Progress | None:
-    """Of a pass that has not ended."""
-    if run is None:
+def _progress_of(run: Run | OutsideRun | None) -> Progress | None:
+    """Of a pass that has not ended and that makes tokens."""
+    if not isinstance(run, Run):
         return None
     score = None if run.screening is None else run.screening.score
     tokens = max(0, run.sequence.num_tokens - run.sequence.prompt_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from contextlib import suppress
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ from .errors import (
 )
 from .models.model import Model
 from .output import OutputText
+from .outside import OutsideDetector, OutsideText
 from .passes import (
     Ahead,
     Answer,
@@ -44,18 +46,19 @@ from .passes import (
     Stream,
     Wait,
 )
-from .prepare import Encoded, Identity, encode, make_sequence, new_sequence
+from .prepare import Encoded, Identity, encode, make_sequence, new_sequence, outside_tokens
 from .request import FinishReason, Outcome, PassRecord, Reply, Usage
 from .runner import ModelRunner, StepResult
-from .running import Request, Run
+from .running import OutsideRun, Request, Run
 from .sampling import Sampled, SamplerRow, SamplingParams, sample
 from .scheduler import Lane, Scheduler, Work
-from .screening import Screening
+from .screening import InLane, Reader, Screening
 from .sequence import Sequence
 
 # What a detector with weights of its own reads at a time, in free rows of a lane: as little as pays where something
 # waits for it; otherwise so much that reading its weights is at most half of the work.
 EAGER, PATIENT = 2, 8
+_OUTSIDE_WAIT = 0.005  # seconds that a step without work waits for a detector outside
 TAP_EVERY = 8  # tokens between two scores of a head on an answer's own states, where anything depends on them
 
 
@@ -64,9 +67,15 @@ class Driver:
     requests so far; 0 unless release="audit" was asked for."""
 
     def __init__(
-        self, models: Mapping[str, Model], scheduler: Scheduler, runner: ModelRunner, page_size: int
+        self,
+        models: Mapping[str, Model],
+        outside: Mapping[str, OutsideDetector],
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        page_size: int,
     ) -> None:
         self.models = models
+        self.outside = outside
         self.scheduler = scheduler
         self.runner = runner
         self.pool = scheduler.pool
@@ -75,6 +84,7 @@ class Driver:
         self.unscreened_characters = 0
         self._page_size = page_size
         self._next_id = 0
+        self._told = Event()  # by a detector outside, that it has something
 
     def submit(
         self, loop: Loop, sampling: SamplingParams | None, salt: str | None, streaming: bool, guarded: bool
@@ -159,14 +169,22 @@ class Driver:
             return result
         if run is None:
             raise InvalidGuard(f"a guard's loop waits for a pass that it did not start, or waited for: {number}")
+        self._require(run)
+        request.waiting_for = number
+        return None
+
+    def _require(self, run: Run | OutsideRun) -> None:
+        """A started pass is waited for."""
         run.started = False
-        if run.step.timeout is not None and run.ready is None:
-            run.sequence.deadline = perf_counter() + run.step.timeout
+        deadline = None if run.step.timeout is None else perf_counter() + run.step.timeout
+        if isinstance(run, OutsideRun):
+            run.text.deadline = deadline
+            return
+        if run.ready is None:
+            run.sequence.deadline = deadline
         for sequence in run.sequences:
             if sequence is not run.ahead:
                 self.scheduler.require(sequence)
-        request.waiting_for = number
-        return None
 
     def abort(self, request: Request) -> Reply:
         """End a request at once, whatever it is doing."""
@@ -215,10 +233,13 @@ class Driver:
 
     def model(self, name: str) -> Model:
         if name not in self.models:
-            raise UnknownModel(f"this engine has no {name!r}; it has {', '.join(sorted(self.models))}")
+            if name in self.outside:
+                raise InvalidGuard(f"{name} runs outside the engine: it scores texts, and does nothing else")
+            known = ", ".join(sorted([*self.models, *self.outside]))
+            raise UnknownModel(f"this engine has no {name!r}; it has {known}")
         return self.models[name]
 
-    def _begin(self, request: Request, step: Pass, started: bool = False) -> Run:
+    def _begin(self, request: Request, step: Pass, started: bool = False) -> Run | OutsideRun:
         if not isinstance(step, Generate | Score | Choose):
             raise InvalidGuard(
                 f"a guard's loop may yield Generate, Score, Choose, Start, Wait or Cancel, not {step!r}"
@@ -227,6 +248,8 @@ class Driver:
         record = PassRecord(step.label, step.model, submitted=request.elapsed)
         request.passes.append(record)
         try:
+            if isinstance(step, Score) and step.model in self.outside:
+                return self._begin_outside(request, number, step, record, started)
             model = self.model(step.model)
             sampling = (step.sampling if isinstance(step, Generate) else None) or request.sampling
             who = Identity(request.id, number, 0, request.generations, request.seed, request.salt)
@@ -247,6 +270,24 @@ class Driver:
         self.scheduler.add(sequence)
         return run
 
+    def _begin_outside(
+        self, request: Request, number: int, step: Score, record: PassRecord, started: bool
+    ) -> OutsideRun:
+        detector = self.outside[step.model]
+        tokens, pool_from = outside_tokens(detector, step)
+        text = self._outside_text(detector, record)
+        text.read(0, tokens, pool_from, more=False)
+        if step.timeout is not None and not started:
+            text.deadline = perf_counter() + step.timeout
+        record.prompt_tokens, record.started = len(tokens), request.elapsed
+        request.runs[number] = run = OutsideRun(number, step, record, text, detector.spec.threshold, started)
+        return run
+
+    def _outside_text(self, detector: OutsideDetector, record: PassRecord) -> OutsideText:
+        reading = detector.open()
+        reading.on_done = self._told.set
+        return OutsideText(reading, record)
+
     def _begin_answer(self, request: Request, run: Run, step: Generate) -> None:
         request.generations += 1
         run.record.candidate = step.candidate
@@ -265,6 +306,11 @@ class Driver:
 
     def _open_screen(self, answer: Sequence, step: Generate) -> Screening:
         assert step.screen is not None
+        detector = self.outside.get(step.screen.model)
+        if detector is not None:
+            if step.screen.before is None or not detector.incremental:
+                raise InvalidGuard(f"{step.screen.model} runs outside the engine and cannot read along; screen=False")
+            return Screening(step.screen, detector, step.release)
         model = self.model(step.screen.model)
         if model.head is None:
             raise InvalidGuard(f"{model.name} has no head to screen with")
@@ -288,32 +334,42 @@ class Driver:
 
     def _run(self, sequence: Sequence) -> Run | None:
         request = self.requests.get(sequence.order[0])
-        return None if request is None else request.runs.get(sequence.order[1])
+        run = None if request is None else request.runs.get(sequence.order[1])
+        assert not isinstance(run, OutsideRun)  # it has no sequence
+        return run
 
     def is_under_way(self, sequence: Sequence) -> bool:
         run = self._run(sequence)
         return run is not None and any(item is sequence for item in run.sequences)
 
-    def _end(self, request: Request, run: Run) -> None:
-        """Take a pass's sequences out of the scheduler and account for them."""
+    def _end(self, request: Request, run: Run | OutsideRun) -> None:
+        """Take what computes a pass away from whoever computes it, and account for it."""
         del request.runs[run.number]
         record, usage = run.record, request.usage.setdefault(run.record.model, Usage())
-        if record.finished is None:
+        if isinstance(run, OutsideRun):
+            run.text.stop()
+            record.finished = request.elapsed
+        else:
+            self._end_sequences(request, run)
+        usage.prompt += record.prompt_tokens
+        usage.cached += record.cached_tokens
+        usage.generated += len(record.token_ids)
+
+    def _end_sequences(self, request: Request, run: Run) -> None:
+        if run.record.finished is None:
             self._end_sequence(request, run)
         if run.ahead is not None:
             self._end_ahead(request, run, run.ahead)
             request.ahead_model, request.ahead_tokens = run.ahead.model.name, run.ahead.record.computed_tokens
-        usage.prompt += record.prompt_tokens
-        usage.cached += record.cached_tokens
-        usage.generated += len(record.token_ids)
-        if run.screening is not None and run.screening.sequence is not None:
-            screen = run.screening.sequence
-            self.scheduler.remove(screen)
-            screen.record.finished = request.elapsed
-            screen.record.prompt_tokens = screen.num_tokens
-            of_screen = request.usage.setdefault(screen.record.model, Usage())
-            of_screen.prompt += screen.num_tokens
-            of_screen.cached += screen.record.cached_tokens
+        reader = None if run.screening is None else run.screening.reader
+        if reader is not None:
+            reader.stop()
+            record = reader.record
+            record.finished = request.elapsed
+            record.prompt_tokens = reader.num_tokens
+            usage = request.usage.setdefault(record.model, Usage())
+            usage.prompt += record.prompt_tokens
+            usage.cached += record.cached_tokens
 
     def _end_sequence(self, request: Request, run: Run) -> None:
         """The pass's own sequence is over; its screen may still have to come to the end."""
@@ -328,12 +384,12 @@ class Driver:
         ahead.record.prompt_tokens = ahead.num_tokens
         self.scheduler.remove(ahead)
 
-    def _give_up(self, request: Request, run: Run) -> None:
+    def _give_up(self, request: Request, run: Run | OutsideRun) -> None:
         """End a pass that was begun early and that nobody waits for."""
         self._end(request, run)
         request.wasted += run.record.computed_tokens
 
-    def _complete(self, request: Request, run: Run, result: Any) -> None:
+    def _complete(self, request: Request, run: Run | OutsideRun, result: Any) -> None:
         """A pass is over; the loop gets its result, or error, when it waits for it."""
         self._end(request, run)
         if request.waiting_for != run.number:
@@ -362,6 +418,57 @@ class Driver:
         for sequence in late:
             if self.is_under_way(sequence):
                 self.fail(sequence, PassTimeout(f"the {sequence.record.label} pass took too long"))
+        for request, run, text in self._outside_texts():
+            if text.deadline is not None and perf_counter() > text.deadline:
+                self._outside_failed(request, run, PassTimeout(f"the {text.record.label} pass took too long"))
+
+    # Texts outside.
+
+    def _outside_texts(self) -> list[tuple[Request, Run | OutsideRun, OutsideText]]:
+        """Those that wait for a score. Ending one may end others, which then is not seen here."""
+        if not self.outside:
+            return []
+        found = []
+        for request in self.requests.values():
+            for run in request.runs.values():
+                text = run.text if isinstance(run, OutsideRun) else run.screening and run.screening.reader
+                if isinstance(text, OutsideText) and not text.idle:
+                    found.append((request, run, text))
+        return found
+
+    def collect(self) -> None:
+        """Take the scores that detectors outside have found."""
+        self._told.clear()
+        for request, run, text in self._outside_texts():
+            if request.runs.get(run.number) is not run:  # a loop may have canceled it a moment ago
+                continue
+            try:
+                score = text.poll()
+            except Exception as error:  # it is not ours: whatever it raises, there is no score
+                self._outside_failed(request, run, _pass_error(error))
+                continue
+            if score is None:
+                continue
+            if isinstance(run, OutsideRun):
+                self._complete(request, run, Scored(score, run.threshold))
+            else:
+                self._screened(request, run, score)
+
+    def wait(self) -> None:
+        """Nothing can run: wait a moment for a detector outside, if any is asked."""
+        if self._outside_texts():
+            self._told.wait(_OUTSIDE_WAIT)
+
+    def _outside_failed(self, request: Request, run: Run | OutsideRun, error: PassError) -> None:
+        if request.runs.get(run.number) is not run:
+            return
+        if isinstance(run, OutsideRun):
+            run.record.error = str(error)
+            self._complete(request, run, error)
+        else:
+            self._screen_failed(request, run, error)
+
+    # Batches.
 
     def begun(self, works: list[Work]) -> None:
         """These works are about to run."""
@@ -549,7 +656,8 @@ class Driver:
                     self._judged(request, run)
                     return
             elif screening.idle and self._is_worth_a_chunk(lane, screening):
-                lane.spare_rows -= screening.waiting
+                if isinstance(screening.model, Model):
+                    lane.spare_rows -= screening.waiting
                 self._feed(request, run)
         if run.number in request.runs:
             self._release(request, run)
@@ -557,31 +665,38 @@ class Driver:
     def _is_worth_a_chunk(self, lane: Lane, screening: Screening) -> bool:
         """Whether the detector should read what is new. Where it shares the answer's weights, in rows that cost
         nothing, as long as there are some; otherwise when reading its weights pays, the later the more answers are
-        decoded."""
+        decoded. Outside it takes no time from the answer, and gets a chunk when it is done with the last."""
         new, free = screening.waiting, lane.free_rows
         if screening.screen.chunk is not None:
             return new >= screening.screen.chunk
+        if not isinstance(screening.model, Model):
+            return new >= EAGER * free
         if screening.model.backbone is lane.backbone:
             return free // 2 <= new <= lane.spare_rows or new >= 4 * free
         return new >= free * (EAGER if screening.eager else PATIENT) * (1 + lane.decoding // 8)
 
     def _feed(self, request: Request, run: Run) -> None:
-        """Give the screen's sequence the tokens of the new text."""
+        """Give the screen's reader the tokens of the new text."""
         screening = run.screening
         assert screening is not None
 
-        def new(ids: Many[int]) -> Sequence:
-            record = PassRecord("screen", screening.model.name, submitted=request.elapsed)
+        def new(ids: Many[int]) -> Reader:
+            record = PassRecord("screen", screening.screen.model, submitted=request.elapsed)
             request.passes.append(record)
+            if not isinstance(screening.model, Model):
+                record.started = record.submitted
+                return self._outside_text(screening.model, record)
             sequence = self._beside(request, run, 1, screening.model, ids, record)
             sequence.scored, sequence.optional = True, run.started
             room = run.sequence.limit - run.sequence.prompt_tokens
             sequence.limit = min(screening.model.context, len(ids) + room)
-            return sequence
+            self.scheduler.check_fits(sequence.table.layout, sequence.num_tokens)
+            self.scheduler.add(sequence)
+            return InLane(sequence, self.scheduler)
 
         began = perf_counter()
         try:
-            screening.follow(self.scheduler, new)
+            screening.follow(new)
         except Exception as error:
             self._screen_failed(request, run, error)
             return
@@ -628,9 +743,9 @@ class Driver:
         screening = run.screening
         assert screening is not None
         screening.fail(error)
-        if screening.sequence is not None:
-            screening.sequence.record.error = str(error) or type(error).__name__
-            self.scheduler.remove(screening.sequence)
+        if screening.reader is not None:
+            screening.reader.record.error = str(error) or type(error).__name__
+            screening.reader.stop()
         if run.ready is not None:
             self._release_or_complete(request, run)
         elif screening.doomed:

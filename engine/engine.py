@@ -23,6 +23,7 @@ from .kv_pages import PagePool
 from .models.heads import IN_CONTEXT
 from .models.loader import ModelSet, Source, load_models
 from .models.model import Model
+from .outside import OutsideDetector
 from .passes import Decision, Generate, Loop, ModelTraits, Prompt, ReleaseMode
 from .prepare import check_characters
 from .request import Outcome, Replaced, Reply
@@ -43,9 +44,10 @@ class Engine:
     """Answers chats with a model, under a guard, many at a time.
 
     model, detector, detoxifier: a checkpoint folder, a GGUF file, a bundle ("smol"), a named shape with random
-    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair. probe: a file with a head fitted on the
-    states that the model has while it answers. A bundle brings its own detector, detoxifier and probe. `models`
-    takes their place when they are loaded already; engines may share them.
+    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair; a detector may also be an exported one that
+    runs on threads of its own, "onnx:FOLDER". probe: a file with a head fitted on the states that the model has while
+    it answers. A bundle brings its own detector, detoxifier and probe. `models` takes their place when they are
+    loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
     multiplies it, fp32 elsewhere. kv_bytes: size of the page pool; None takes a quarter of what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
@@ -56,7 +58,7 @@ class Engine:
     def __init__(
         self,
         model: Source | None = None,
-        detector: Source | None = None,
+        detector: Source | OutsideDetector | None = None,
         detoxifier: Source | None = None,
         *,
         probe: str | Path | None = None,
@@ -105,8 +107,13 @@ class Engine:
         ]
         self.scheduler = Scheduler(self.pool, self.lanes)
         self.runner = ModelRunner(self.pool, self.lanes, feature_bytes=(1 << 30) if cuda else (256 << 20))
+        self.outside = models.outside
         self.traits = {name: _traits(item, self.lanes) for name, item in self.models.items()}
-        self.driver = Driver(self.models, self.scheduler, self.runner, self._page_size)
+        self.traits |= {
+            name: ModelTraits(item.spec.template, backbone=-1, reads_along=item.incremental)
+            for name, item in self.outside.items()
+        }
+        self.driver = Driver(self.models, self.outside, self.scheduler, self.runner, self._page_size)
         self.steps = 0
         self.recorder: Recorder | None = None  # told of every step and reply
 
@@ -226,11 +233,14 @@ class Engine:
         """Run one batch of every lane that has work; return the replies of the requests that this finished."""
         driver = self.driver
         driver.finished = []
+        driver.collect()
         driver.expire()
+        ran = False
         for lane in self.lanes:
             works = self.scheduler.schedule(lane)
             if not works:
                 continue
+            ran = True
             began, vision = perf_counter(), self.runner.vision_seconds
             driver.begun(works)
             try:
@@ -244,6 +254,8 @@ class Engine:
                 driver.deliver(lane, result)
             except Exception as error:  # the batch is lost, the engine is not
                 driver.lost(works, error)
+        if not ran:
+            driver.wait()
         self.steps += 1
         if self.recorder is not None:
             for request in driver.finished:

@@ -239,6 +239,7 @@ class ModelTraits(NamedTuple):
     template: the text template of its head, None without a head. chat_only: it understands chats only. backbone:
     equal for models on the same weights. continues: its head reads the end of a sequence of the backbone's own, as
     an activated adapter does. in_context: its head was fitted on the hidden states of the model that answers.
+    reads_along: it can read a text while that grows.
     """
 
     template: str | None = None
@@ -246,6 +247,7 @@ class ModelTraits(NamedTuple):
     backbone: int = 0
     continues: bool = False
     in_context: bool = False
+    reads_along: bool = True
 
 
 Loop: TypeAlias = "Generator[Ask, Any, Decision]"

@@ -10,11 +10,12 @@ from .drafts import PromptLookup
 from .errors import BadInput, ImagesNotSupported, InvalidMessage, PromptTooLong, TooManyImages
 from .kv_pages import PagePool
 from .models.model import Model
+from .outside import OutsideDetector
 from .passes import Choose, Continue, Generate, Pass, Prompt, Score
 from .request import PassRecord
 from .sampling import SamplingParams
 from .sequence import BlockTable, PlacedImage, Sequence
-from .text import ImageSegment, Segment
+from .text import Codec, ImageSegment, Segment
 
 
 class Identity(NamedTuple):
@@ -84,10 +85,26 @@ def make_sequence(
     else:
         sequence.scored = True
         if model.head.spec.pooling == "mean":
-            sequence.pool_from = _pool_from(model, step, encoded.tokens)
+            sequence.pool_from = _scored_from(model, step, encoded.tokens)
     if step.timeout is not None:
         sequence.deadline = perf_counter() + step.timeout
     return sequence
+
+
+def outside_tokens(model: OutsideDetector, step: Score) -> tuple[list[int], int]:
+    """The tokens of a text that a detector outside the engine scores, and the first one that a mean is over. Raises a
+    `BadInput` for what it cannot read."""
+    if isinstance(step.prompt, Continue) or any(isinstance(item, ImageSegment) for item in step.prompt):
+        raise BadInput(f"{model.name} runs outside the engine and reads text only")
+    check_characters(model, sum(len(item.text) for item in step.prompt if not isinstance(item, ImageSegment)))
+    tokens = model.codec.encode(step.prompt, add_special_tokens=True)
+    if not tokens:
+        raise BadInput(f"the {step.label} pass has an empty prompt")
+    if len(tokens) > model.context:
+        raise PromptTooLong(
+            f"the {step.label} prompt has {len(tokens):,} tokens; {model.name} takes {model.context:,}"
+        )
+    return tokens, _pool_from(model.codec, step.prompt, step.pool_from, tokens)
 
 
 def new_sequence(
@@ -115,7 +132,7 @@ def new_sequence(
     return sequence
 
 
-def check_characters(model: Model, count: int) -> None:
+def check_characters(model: Model | OutsideDetector, count: int) -> None:
     """Raise `PromptTooLong` for so many characters that no tokenizer could make them fit: before one tries."""
     most = model.context * model.codec.longest_token
     if count > most:
@@ -130,18 +147,22 @@ def _variants(model: Model, word: str) -> tuple[int, ...]:
     return tuple(id for id in model.codec.variants(word) if id < model.backbone.decoder.config.vocab_size)
 
 
-def _pool_from(model: Model, step: Score, tokens: list[int]) -> int:
-    """The first token that holds a character of the pooled segments: behind the longest common beginning of the
-    text with and without them."""
-    if isinstance(step.prompt, Continue):
-        stream = step.prompt.answer.stream
-        assert stream is not None
-        return stream.prompt_tokens
-    if step.pool_from == 0:
+def _scored_from(model: Model, step: Score, tokens: list[int]) -> int:
+    """The first token that a mean is over."""
+    if not isinstance(step.prompt, Continue):
+        return _pool_from(model.codec, step.prompt, step.pool_from, tokens)
+    stream = step.prompt.answer.stream
+    assert stream is not None
+    return stream.prompt_tokens
+
+
+def _pool_from(codec: Codec, segments: tuple[Segment, ...], pooled: int, tokens: list[int]) -> int:
+    """The first token that holds a character of the segments from `pooled` on: behind the longest common beginning of
+    the text with and without them."""
+    if pooled == 0:
         return 0
-    context = model.codec.encode(step.prompt[: step.pool_from], add_special_tokens=True)
     common = 0
-    for left, right in zip(context, tokens, strict=False):
+    for left, right in zip(codec.encode(segments[:pooled], add_special_tokens=True), tokens, strict=False):
         if left != right:
             break
         common += 1

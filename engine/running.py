@@ -8,10 +8,11 @@ from time import perf_counter
 from typing import Any
 
 from .output import OutputText
-from .passes import Answer, Loop, Pass
+from .outside import OutsideText
+from .passes import Answer, Loop, Pass, Score
 from .request import PassRecord, Replaced, Reply, Trace, Usage
 from .sampling import Sampled, SamplingParams
-from .screening import Screening
+from .screening import InLane, Screening
 from .sequence import Sequence
 
 
@@ -34,9 +35,21 @@ class Run:
     def sequences(self) -> list[Sequence]:
         """All that may be in the scheduler for it."""
         own = [self.sequence]
-        if self.screening is not None and self.screening.sequence is not None:
-            own.append(self.screening.sequence)
+        if self.screening is not None and isinstance(self.screening.reader, InLane):
+            own.append(self.screening.reader.sequence)
         return own if self.ahead is None else [*own, self.ahead]
+
+
+@dataclass(eq=False)
+class OutsideRun:
+    """A text that a detector outside the engine scores."""
+
+    number: int
+    step: Score
+    record: PassRecord
+    text: OutsideText
+    threshold: float
+    started: bool = False
 
 
 @dataclass(eq=False)
@@ -51,7 +64,7 @@ class Request:
     guarded: bool
     seed: int = 0
     submitted: float = field(default_factory=perf_counter)
-    runs: dict[int, Run] = field(default_factory=dict)
+    runs: dict[int, Run | OutsideRun] = field(default_factory=dict)
     results: dict[int, Any] = field(default_factory=dict)  # of started passes nobody waited for yet; may be errors
     waiting_for: int = -1  # the pass whose result the loop wants
     passes: list[PassRecord] = field(default_factory=list)

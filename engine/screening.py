@@ -7,15 +7,79 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from math import nan
 from time import perf_counter
+from typing import Protocol
 
 from .errors import BadInput, PassTimeout, TooLong
 from .growing import GrowingPrompt
 from .models.model import Model
+from .outside import OutsideDetector
 from .passes import Release, Screen, Screened
+from .request import PassRecord
 from .scheduler import Scheduler
 from .sequence import Sequence
+
+
+class Reader(Protocol):
+    """What reads a screen's tokens, inside the engine or outside. idle: whether it has read all that it was given."""
+
+    deadline: float | None
+
+    @property
+    def record(self) -> PassRecord: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    def read(self, keep: int, ids: Many[int], pool_from: int, more: bool) -> None:
+        """The tokens are `ids` now, of which it has the first `keep`; a mean is over those from `pool_from` on. more:
+        whether there may be others still. Raises a `BadInput` or `PassError`."""
+
+    def stop(self) -> None: ...
+
+
+@dataclass(eq=False)
+class InLane:
+    """A sequence of the engine's own as a reader."""
+
+    sequence: Sequence
+    scheduler: Scheduler
+
+    @property
+    def record(self) -> PassRecord:
+        return self.sequence.record
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequence.num_tokens
+
+    @property
+    def idle(self) -> bool:
+        return not self.sequence.remaining
+
+    @property
+    def deadline(self) -> float | None:
+        return self.sequence.deadline
+
+    @deadline.setter
+    def deadline(self, when: float | None) -> None:
+        self.sequence.deadline = when
+
+    def read(self, keep: int, ids: Many[int], pool_from: int, more: bool) -> None:
+        sequence = self.sequence
+        self.scheduler.replace_tail(sequence, keep, ids)
+        assert sequence.model.spec is not None
+        if sequence.model.spec.pooling == "mean":
+            sequence.pool_from = min(pool_from, sequence.num_tokens - 1)
+        sequence.open = more
+
+    def stop(self) -> None:
+        self.scheduler.remove(self.sequence)
 
 
 class Screening:
@@ -27,13 +91,13 @@ class Screening:
     beginnings. doomed: whether the answer is not worth finishing.
     """
 
-    def __init__(self, screen: Screen, model: Model, release: Release) -> None:
+    def __init__(self, screen: Screen, model: Model | OutsideDetector, release: Release) -> None:
         """release: when the answer's text may leave."""
-        assert model.head is not None
-        spec = model.head.spec
+        assert model.spec is not None
+        spec = model.spec
         self.screen = screen
         self.model = model
-        self.sequence: Sequence | None = None  # of its own; None while there is no text, and for a tap
+        self.reader: Reader | None = None  # None while there is no text, and for a tap
         self.growing = None if screen.before is None else GrowingPrompt(model.codec, screen.before)
         self.threshold = spec.threshold
         prefix = (screen.prefix_threshold, screen.threshold, spec.prefix_threshold, spec.threshold)
@@ -51,14 +115,14 @@ class Screening:
         self._stops = release != "audit"  # where the screen fails
         self._score = nan
         self._final = False  # whether `_score` is of the whole text
-        self._fed = 0  # characters handed to the sequence, and covered by it once it is computed
+        self._fed = 0  # characters handed to the reader, and covered by it once it has read them
         self._judged = -1  # characters of the last judged beginning
         self._low = 0  # beginnings in a row that scored below `stop_below`
 
     @property
     def idle(self) -> bool:
-        """Whether all that the sequence was given is computed."""
-        return self.sequence is None or not self.sequence.remaining
+        """Whether all that the reader was given is read."""
+        return self.reader is None or self.reader.idle
 
     @property
     def doomed(self) -> bool:
@@ -80,10 +144,11 @@ class Screening:
     def result(self) -> Screened:
         return Screened(self.screen, nan if self.error else self._score, self.threshold, self.error)
 
-    def follow(self, scheduler: Scheduler, new: Callable[[Many[int]], Sequence]) -> None:
-        """Give the sequence the tokens of the new text, all of them once the answer is closed. new: makes it.
+    def follow(self, new: Callable[[Many[int]], Reader]) -> None:
+        """Give the reader the tokens of the new text, all of them once the answer is closed. new: makes a reader that
+        may have read the given tokens already.
 
-        Raises `TooLong` for more tokens than the detector takes, and as encoding and scheduling do.
+        Raises `TooLong` for more tokens than the detector takes, and as encoding and the reader do.
         """
         assert self.growing is not None
         growing, pooled = self.growing, self.growing.pool_from
@@ -94,32 +159,26 @@ class Screening:
         self.waiting = -(-(len(self.text) - growing.covers) * self.tokens // max(1, len(self.text)))
         if len(growing.ids) > self.model.context:
             raise TooLong(f"the text has {len(growing.ids):,} tokens; {self.model.name} takes {self.model.context:,}")
-        vocabulary = self.model.backbone.decoder.config.vocab_size
-        if max(growing.ids[keep if self.sequence else 0 :], default=0) >= vocabulary:
+        vocabulary = self.model.vocab_size
+        if max(growing.ids[keep if self.reader else 0 :], default=0) >= vocabulary:
             raise BadInput(f"the text has tokens that {self.model.name} has no weights for: it has {vocabulary:,}")
-        if self.sequence is None:
+        if self.reader is None:
             if not growing.covers and not self.closed:
                 return
-            self.sequence = new(growing.ids)
-            scheduler.check_fits(self.sequence.table.layout, self.sequence.num_tokens)
-            scheduler.add(self.sequence)
-        else:
-            # where the answer's first token moved, the running sum begins anew
-            keep = keep if growing.pool_from == pooled else min(keep, pooled, growing.pool_from)
-            scheduler.replace_tail(self.sequence, keep, growing.ids)
-        assert self.model.head is not None
-        if self.model.head.spec.pooling == "mean":
-            self.sequence.pool_from = min(growing.pool_from, self.sequence.num_tokens - 1)
+            self.reader = new(growing.ids)
+            keep = self.reader.num_tokens
+        elif growing.pool_from != pooled:  # where the answer's first token moved, the running sum begins anew
+            keep = min(keep, pooled, growing.pool_from)
+        self.reader.read(keep, growing.ids, growing.pool_from, not self.closed)
         self._fed = len(self.text) if self.closed else growing.covers
-        self.sequence.open = not self.closed
         if self.closed:
             if self.screen.timeout is not None:
-                self.sequence.deadline = perf_counter() + self.screen.timeout
+                self.reader.deadline = perf_counter() + self.screen.timeout
             # where the end of the text added no token, what was said of it stands
-            self._final = not self.sequence.remaining
+            self._final = self.reader.idle
 
     def judge(self, score: float, covers: int | None = None) -> None:
-        """Take the score of the first `covers` characters; None: of all that was handed to the sequence."""
+        """Take the score of the first `covers` characters; None: of all that was handed to the reader."""
         covers = self._fed if covers is None else covers
         self._score = score
         self._final = self.closed and covers == len(self.text)

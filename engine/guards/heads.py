@@ -140,7 +140,10 @@ class HarmHead(BaseHead):
             raise InvalidGuard(f"{self.model!r} cannot continue an answer: it is no activated adapter on {MLLM!r}")
         continues = True if able and self.continues is None else self.continues
         # an activated adapter scores the end of its invocation: it has nothing to say of a text still being written
-        return replace(self, template=template, continues=continues, screen=self.screen and not own.continues)
+        screen = self.screen and own.reads_along and not own.continues
+        if self.stop_below is not None and not screen:
+            raise InvalidGuard(f"stop_below needs a head that screens; {self.model!r} reads a text when it has ended")
+        return replace(self, template=template, continues=continues, screen=screen)
 
     def screening(self, chat: Chat) -> Screen | None:
         """What reads along while an answer to the chat is decoded; None where nothing does."""

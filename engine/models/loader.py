@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
 from ..errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
+from ..outside import OutsideDetector
 from ..text import Codec
 from .adapters import Adapter, read_adapter
 from .attached import AttachedAdapter
@@ -41,6 +42,7 @@ Checkpointed: TypeAlias = str | Path | tuple[str | Path, str | Path]
 Source: TypeAlias = Checkpointed | Attached
 """Whatever weights of its own, or an adapter on the MLLM's."""
 
+ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 LLAVA = "llava"
@@ -50,16 +52,20 @@ SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
 
 @dataclass(frozen=True)
 class ModelSet:
-    """The models of an engine by name: "mllm", and where there are any "detector", "detoxifier" and "probe"."""
+    """The models of an engine by name: "mllm", and where there are any "detector", "detoxifier" and "probe".
+
+    outside: detectors that run beside the engine, on threads of their own, by name too.
+    """
 
     models: dict[str, Model]
     device: torch.device
     dtype: torch.dtype
+    outside: dict[str, OutsideDetector] = field(default_factory=dict)
 
 
 def load_models(
     model: Source,
-    detector: Source | None = None,
+    detector: Source | OutsideDetector | None = None,
     detoxifier: Source | None = None,
     probe: str | Path | None = None,
     *,
@@ -70,9 +76,10 @@ def load_models(
 
     Each is a checkpoint folder (of an adapter: one that names a local base), an (adapter, base) pair, a GGUF file,
     a bundle or a named shape with random weights. A detector is a sequence classifier with one label, a bundle,
-    or a `.safetensors` file with a head fitted on the MLLM's own weights. Detector and detoxifier may be adapters
-    `Attached` to the MLLM's backbone. A probe is a `.safetensors` file with a head fitted on the states that the MLLM
-    has while it answers. A bundle as model brings its own detector, detoxifier and probe.
+    or a `.safetensors` file with a head fitted on the MLLM's own weights; or "onnx:FOLDER", an exported one that ONNX
+    Runtime runs on threads of its own (the extra `onnx`), or an object that is an `OutsideDetector`. Detector and
+    detoxifier may be adapters `Attached` to the MLLM's backbone. A probe is a `.safetensors` file with a head fitted
+    on the states that the MLLM has while it answers. A bundle as model brings its own detector, detoxifier and probe.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
@@ -88,13 +95,21 @@ def load_models(
         models["detoxifier"] = _attached_generator("detoxifier", detoxifier, mllm)
     elif detoxifier is not None:
         models["detoxifier"] = loader.generator("detoxifier", detoxifier)
-    if isinstance(detector, Attached):
+    outside: dict[str, OutsideDetector] = {}
+    if isinstance(detector, str) and detector.startswith(ONNX):
+        # what stands above the engine is imported only where it is asked for
+        from ...export.onnx_detector import OnnxDetector
+
+        outside["detector"] = OnnxDetector(detector.removeprefix(ONNX))
+    elif isinstance(detector, OutsideDetector):
+        outside["detector"] = detector
+    elif isinstance(detector, Attached):
         models["detector"] = _attached_detector("detector", detector, mllm)
     elif detector is not None:
         models["detector"] = loader.detector("detector", detector, mllm)
     if probe is not None:
         models["probe"] = _in_context("probe", mllm, Path(probe), where)
-    return ModelSet(models, where, loader.dtype)
+    return ModelSet(models, where, loader.dtype, outside)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from ..kv_pages import KVLayout
 from ..text import Codec
 from .attached import AttachedAdapter
 from .decoder import Decoder, rope_parameters
-from .heads import Head
+from .heads import Head, HeadSpec
 from .vision import VisionAdapter
 
 
@@ -59,6 +59,15 @@ class Model:
     max_images: int = 0
     chat_only: bool = False
     adapter: int | None = None
+
+    @property
+    def spec(self) -> HeadSpec | None:
+        return None if self.head is None else self.head.spec
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens it has weights for; its tokenizer may know more."""
+        return self.backbone.decoder.config.vocab_size
 
     @property
     def invocation(self) -> tuple[int, ...]:
