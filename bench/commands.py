@@ -180,6 +180,27 @@ def roofline(
     emit(report.table(), report.to_dict(), machine, json)
 
 
+@app.command()
+def onnx(
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder with the data sets: real answers, thresholds."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    answers: Annotated[int, typer.Option(min=1, help="Of GPTFuzz's evaluation answers, at most.")] = 500,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """The exported detector of smol on ONNX Runtime, beside the engine's and `transformers`."""
+    from .onnx import OnnxConfig, run_onnx
+
+    config = OnnxConfig(repeats=repeats, answers=answers, data=data, seed=seed)
+    if quick:
+        config = OnnxConfig((16,), (1, 2), 1, min(answers, 8), 8, 24, data, 2, seed)
+    _measure(lambda weights, told: run_onnx(config, told), "smol", None, None, json)
+
+
 def _measure(
     run: Callable[[Sources, Told], Any], model: str, detector: str | None, detoxifier: str | None, json: Path | None
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated, UnsafeCheckpoint
 from ..engine.models.bundles import listed
@@ -61,7 +61,7 @@ class DetectorFolder:
     prefix_threshold: float | None
     template: str
     layer: int
-    pooling: str
+    pooling: Literal["last", "mean"]
     norm: bool
     precision: Precision
     with_past: bool
@@ -80,7 +80,7 @@ class DetectorFolder:
         """The head as the engine knows it; it belongs to no backbone of the engine's."""
         return HeadSpec(
             layer=self.layer,
-            pooling="mean" if self.pooling == "mean" else "last",
+            pooling=self.pooling,
             norm=self.norm,
             template=self.template,
             threshold=self.threshold,

@@ -100,16 +100,23 @@ class OnnxDetector:
 
         pool_from: the first pooled token of each. Raises `TooLong`, `BadInput`, `PassError`, `DetectorClosed`.
         """
+        return [state.score for state in self._whole(texts_ids, pool_from)]
+
+    def logits(self, texts_ids: Sequence[Sequence[int]], pool_from: Sequence[int]) -> list[float]:
+        """The logits whose sigmoids `score` gives."""
+        return [state.logit for state in self._whole(texts_ids, pool_from)]
+
+    def _whole(self, texts_ids: Sequence[Sequence[int]], pool_from: Sequence[int]) -> list[State]:
         self.check_alive()
         start = self._session.start()
         rows = [Row(ids, start, self.checked(ids, first)) for ids, first in zip(texts_ids, pool_from, strict=True)]
-        scores = [float("nan")] * len(rows)
+        states = [start] * len(rows)
         for batch in _batches([len(row.ids) for row in rows], self._max_batch):
             some = [rows[index] for index in batch]
             caches = self._session.caches(len(some), len(some[0].ids)) if self.incremental else None
             for index, state in zip(batch, self._session.run(some, caches), strict=True):
-                scores[index] = state.score
-        return scores
+                states[index] = state
+        return states
 
     def close(self) -> None:
         """End the thread; whatever is still asked for fails. May be called twice."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +21,13 @@ FP32 = (1, 4)
 
 
 class State(NamedTuple):
-    """What a text's beginning left behind: its tokens, the sum of its pooled rows [hidden], how many they are, and
-    P(harmless) of it."""
+    """What a text's beginning left behind: its tokens, the sum of its pooled rows [hidden], how many they are, its
+    logit and P(harmless)."""
 
     tokens: int
     pooled: np.ndarray
     pooled_count: float
+    logit: float
     score: float
 
 
@@ -105,7 +107,7 @@ class Session:
 
     def start(self) -> State:
         """Of a text of which nothing has run."""
-        return State(0, np.zeros(self.folder.hidden_size if self._mean else 0, np.float32), 0.0, float("nan"))
+        return State(0, np.zeros(self.folder.hidden_size if self._mean else 0, np.float32), 0.0, nan, nan)
 
     def run(self, rows: Sequence[Row], caches: Sequence[Cache] | None = None) -> list[State]:
         """Run texts as one batch, each from its past on; caches, where the folder has a past: one a text, which are
@@ -125,10 +127,10 @@ class Session:
             feed["pool_mask"] = pooled
         try:
             if caches is None:
-                _, scores = self._session.run(["logit", "score"], feed)
+                logits, scores = self._session.run(["logit", "score"], feed)
                 sums, counts = None, None
             else:
-                scores, sums, counts = self._run_bound(feed, rows, caches)
+                logits, scores, sums, counts = self._run_bound(feed, rows, caches)
         except Exception as error:  # the runtime's types are private
             raise PassError(f"ONNX Runtime failed: {str(error)[:200]}") from error
         return [
@@ -136,6 +138,7 @@ class Session:
                 len(row.ids),
                 row.past.pooled if sums is None else sums[index],
                 row.past.pooled_count if counts is None else float(counts[index]),
+                float(logits[index]),
                 float(scores[index]),
             )
             for index, row in enumerate(rows)
@@ -151,7 +154,7 @@ class Session:
         binding = self._session.io_binding()
         for name, value in feed.items():
             binding.bind_cpu_input(name, value)
-        small = ["score", *(["present_sum", "present_count"] if self._mean else [])]
+        small = ["logit", "score", *(["present_sum", "present_count"] if self._mean else [])]
         for name in small:
             binding.bind_output(name, "cpu")
         shape = [len(rows), folder.kv_heads, first.capacity, folder.head_dim]
@@ -162,7 +165,7 @@ class Session:
             binding.bind_input(f"past_key_values.{place}", device, 0, self._type, shape, address)
             binding.bind_output(f"present.{place}", device, 0, self._type, shape, address)
         self._session.run_with_iobinding(binding)
-        return [value.numpy() for value in binding.get_outputs()[: len(small)]] + [None] * (3 - len(small))
+        return [value.numpy() for value in binding.get_outputs()[: len(small)]] + [None] * (4 - len(small))
 
     def caches(self, texts: int, capacity: int) -> list[Cache]:
         """Room for the keys and values of texts that will run as one batch."""

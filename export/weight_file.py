@@ -13,16 +13,18 @@ from .graph import GraphSpec, external_tensors
 from .precision import Precision, convert_embedding, convert_matrix
 from .source import OpenDetector, rotary_tables
 
-ALIGNMENT = 1 << 16  # of a tensor in the file: what any system can map into memory
+PAGE = 4096  # what a tensor of that size or more begins at a multiple of, so that it can be mapped into memory
+CACHE_LINE = 64  # the same for smaller ones
 
 
 def offsets_of(spec: GraphSpec) -> dict[str, int]:
     """Where each tensor begins in the data file, in bytes."""
     found, end = {}, 0
     for tensor in external_tensors(spec):
-        found[tensor.name] = end
         size = tensor.part.dtype.itemsize * math.prod(tensor.part.shape)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
+        unit = PAGE if size >= PAGE else CACHE_LINE
+        found[tensor.name] = -(-end // unit) * unit
+        end = found[tensor.name] + size
     return found
 
 
