@@ -201,6 +201,53 @@ def onnx(
     _measure(lambda weights, told: run_onnx(config, told), "smol", None, None, json)
 
 
+@app.command()
+def serve(
+    model: ModelOption = "smol",
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    dtype: DtypeOption = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 64,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests under way.")] = 16,
+    pairs: Annotated[int, typer.Option(min=1, help="Runs of the server and of the bare engine.")] = 5,
+    prompt_tokens: PromptOption = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    idle: Annotated[int, typer.Option(min=1, help="Streams that nobody reads.")] = 200,
+    soak: Annotated[
+        int | None, typer.Option(min=8, help="Instead: so many mixed requests with faults, on tiny random models.")
+    ] = None,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """What the server costs over the bare engine, and how it holds under load. --soak: whether it leaks anything."""
+    if soak is not None:
+        _soak(soak, seed, json)
+        return
+    from .serve import ServeConfig, run_serve
+
+    if quick:
+        requests, at_once, pairs, answer_tokens, idle = 4, min(at_once, 4), 1, min(answer_tokens, 8), min(idle, 20)
+    config = ServeConfig(requests, at_once, pairs, prompt_tokens, answer_tokens, idle, seed)
+    _measure(lambda weights, told: run_serve(weights, config, _dtype(dtype), told), model, detector, detoxifier, json)
+
+
+def _soak(requests: int, seed: int, json: Path | None) -> None:
+    """Exits with 1 where the soak has complaints."""
+    from tempfile import TemporaryDirectory
+
+    from .report import begin, emit
+    from .soak import SoakConfig, run_soak
+
+    console = Console(stderr=True, highlight=False)
+    machine: Machine = begin(console)
+    with TemporaryDirectory() as folder, _progress(console) as told:
+        report = run_soak(SoakConfig(requests, seed=seed), told, Path(folder))
+    emit(report.table(), report.to_dict(), machine, json)
+    if report.complaints:
+        raise typer.Exit(1)
+
+
 def _measure(
     run: Callable[[Sources, Told], Any], model: str, detector: str | None, detoxifier: str | None, json: Path | None
 ) -> None:

@@ -61,7 +61,7 @@ class SoakReport:
     complaints: list[str]
     checked_characters: int
     unscreened_characters: int
-    memory_mib: tuple[float, float]  # after a quarter of the requests, at the end
+    memory_mib: list[float]  # after each quarter of the requests
     steps: int
 
     def table(self) -> Table:
@@ -74,7 +74,7 @@ class SoakReport:
         table.add_section()
         table.add_row("characters shown under a guard, looked up", f"{self.checked_characters:,}")
         table.add_row("of them unscreened", f"{self.unscreened_characters:,}")
-        table.add_row("memory after a quarter, at the end", " → ".join(f"{mib:,.0f} MiB" for mib in self.memory_mib))
+        table.add_row("memory after each quarter", " → ".join(f"{mib:,.0f} MiB" for mib in self.memory_mib))
         table.add_row("complaints", f"{len(self.complaints):,}")
         for complaint in self.complaints[:20]:
             table.add_row("", complaint)
@@ -158,7 +158,7 @@ def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: 
     models = load_models("tiny-llava", "tiny-llama", "tiny-llama", device="cpu")
     largest = max(model.layout(16).page_bytes for model in models.models.values())
     engine = Engine(models=models, tokens_per_page=16, kv_bytes=largest * config.pages, max_sequences=24)
-    threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.04)
+    threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.0)
     judged = _quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.1)
     witness = Witness(engine, threshold, config.faults, random.Random(config.seed))
     clients = _Clients(config, told)
@@ -187,7 +187,7 @@ def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: 
         clients.complaints,
         sum(map(len, clients.shown)),
         unscreened,
-        (clients.memory[0], clients.memory[-1]),
+        clients.memory,
         engine.steps,
     )
 
@@ -233,7 +233,7 @@ class _Clients:
         async def client() -> None:
             for number in numbers:
                 await self._one(port, number)
-                if number % (max(4, self.config.requests) // 4) == 0 and number:
+                if number % -(-self.config.requests // 4) == 0 and number:
                     gc.collect()
                     self.memory.append(_memory_mib())
                 self._told("soak", number + 1, self.config.requests)
