@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .engine.models.loader import Source
     from .engine.passes import ReleaseMode
 
-GUARDS = ("off", "protector", "ecso")
+GUARDS = ("off", "protector", "probe", "ecso")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 ModelOption = Annotated[
@@ -43,7 +43,7 @@ DetoxifierOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
-GuardOption = Annotated[str, typer.Option("--guard", help="off, protector or ecso.")]
+GuardOption = Annotated[str, typer.Option("--guard", help="off, protector, probe or ecso.")]
 ThresholdOption = Annotated[
     float | None, typer.Option("--threshold", help="Harmful is a score below it. (default: the guard's own)")
 ]
@@ -102,6 +102,10 @@ def guard_named(name: str, threshold: float | None = None, published: bool = Fal
             raise InvalidGuard("the guard off has no threshold and no published form")
         case "protector":
             return Guard.protector(threshold=threshold, published=published)
+        case "probe" if not published:
+            return Guard.probe(threshold=threshold)
+        case "probe":
+            raise InvalidGuard("the guard probe has no published form")
         case "ecso":
             return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
     raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
@@ -148,7 +152,7 @@ def demo(
     from .console import costs_table, introduction, outcomes_table, question_panel
 
     asked = demo_questions() if questions is None else read_questions(questions)
-    names = list(dict.fromkeys(["off", *(guard or GUARDS)]))
+    names = list(dict.fromkeys(["off", *(guard or ("protector", "ecso"))]))
     for name in names:
         if name not in GUARDS:
             raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")

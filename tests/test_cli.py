@@ -71,9 +71,10 @@ def test_every_command_has_help(command: list[str]) -> None:
 def test_guards_by_name() -> None:
     assert guard_named("off") == Guard.off()
     assert guard_named("protector", 0.3) == Guard.protector(threshold=0.3)
+    assert guard_named("probe", 0.3) == Guard.probe(threshold=0.3)
     assert guard_named("ecso") == Guard.ecso()
     assert guard_named("ecso", 0.3, published=True) == Guard.ecso(threshold=0.3, published=True)
-    for wrong in (("offf", None, False), ("off", 0.5, False), ("off", None, True)):
+    for wrong in (("offf", None, False), ("off", 0.5, False), ("off", None, True), ("probe", None, True)):
         with pytest.raises(InvalidGuard):
             guard_named(*wrong)
 
@@ -81,8 +82,8 @@ def test_guards_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chat", *TINY, "--guard", "nobody"], "there are off, protector, ecso"),
-        (["demo", *TINY, "--guard", "nobody"], "there are off, protector, ecso"),
+        (["chat", *TINY, "--guard", "nobody"], "there are off, protector, probe, ecso"),
+        (["demo", *TINY, "--guard", "nobody"], "there are off, protector, probe, ecso"),
         (["chat", "--model", "/no/such/model", "--guard", "off"], "CheckpointMissing"),
         (["chat", *TINY, "--dtype", "int3"], "there are bf16, fp32"),
         (["chat", *TINY, "--device", "toaster"], "cannot use the device 'toaster'"),
@@ -199,7 +200,7 @@ def test_chat_answers_a_pipe_and_remembers(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "> And now?" in done.output
     assert done.output.count("unguarded") == 2
-    for said in ("there are off, protector, ecso", "unknown command", "UnreadableImage", "refused"):
+    for said in ("there are off, protector, probe, ecso", "unknown command", "UnreadableImage", "refused"):
         assert said in done.output
     ended = run("chat", *TINY, "--guard", "off", *SHORT, input="/exit\nHello\n")
     assert ended.exit_code == 0

@@ -14,7 +14,7 @@ from ..passes import Loop, ModelTraits, ReleaseMode
 from ..sampling import SamplingParams
 from . import prompts
 from .detectors import Detector, bound
-from .heads import HarmHead
+from .heads import HarmHead, Probe
 from .loop import guarded
 from .remedies import Detoxify, EyesClosed, Refuse, Remedy
 from .self_judge import JudgeMode, SelfJudge
@@ -155,6 +155,33 @@ class Guard:
             "published: one rewrite, not judged again",
         )
         return cls(head, remedy, 1, False, refusal, "protector", script)
+
+    @classmethod
+    def probe(
+        cls,
+        *,
+        threshold: float | None = None,
+        probe: str = "probe",
+        fallback: str | None = "detector",
+        detoxifier: str | None = "detoxifier",
+        max_rounds: int = 3,
+        timeout: float | None = None,
+        refusal: str = prompts.REFUSAL,
+        stop_below: float | None = None,
+        patience: int = 2,
+        speculate: bool = True,
+    ) -> Guard:
+        """A probe judges the MLLM's own answers, for next to nothing; a detoxifier rewrites.
+
+        probe, fallback, detoxifier: names of models. fallback: the harm head that judges rewrites, which the probe
+        has no hidden states of, at its own threshold; None: they are refused. The rest is as in `protector`.
+        """
+        judge = None if fallback is None else HarmHead(fallback, timeout=timeout)
+        head = Probe(probe, judge, threshold=threshold, stop_below=stop_below, patience=patience, timeout=timeout)
+        remedy: Remedy = Refuse(refusal)
+        if detoxifier is not None:
+            remedy = Detoxify(detoxifier, timeout=timeout)
+        return cls(head, remedy, max_rounds, True, refusal, "probe", speculate=speculate)
 
     @classmethod
     def ecso(

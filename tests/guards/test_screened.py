@@ -215,6 +215,26 @@ def test_a_probes_fallback_judges_what_it_has_not_seen(play):
     assert decision.outcome == Outcome.MENDED
 
 
+def test_the_guard_probe(play):
+    guard = Guard.probe(threshold=0.4, stop_below=0.1).bind(TRAITS)
+    decision, passes = play(guarded(CHAT, guard), screened("bad", 0.3, passes_screen(guard)), Answer("good"), GOOD)
+    assert passes[0].screen is not None and passes[0].screen.before is None and passes[0].screen.stop_below == 0.1
+    assert passes[1].label == "rewrite" and passes[2] == Score("detector", (Untrusted("good"),), 0)
+    assert decision.outcome == Outcome.MENDED
+    decision, _ = play(guarded(CHAT, guard), screened("fine", 0.5, passes_screen(guard)))
+    assert decision.outcome == Outcome.CLEAN
+    alone = Guard.probe(detoxifier=None, fallback=None).bind(TRAITS)
+    decision, passes = play(guarded(CHAT, alone), screened("bad", 0.1, TAP))
+    assert decision.outcome == Outcome.REFUSED and len(passes) == 1
+    without = {name: traits for name, traits in TRAITS.items() if name != "probe"}
+    with pytest.raises(InvalidGuard, match="needs a model 'probe'"):
+        Guard.probe().bind(without)
+
+
+def passes_screen(guard):
+    return guard.detector.screening(CHAT)
+
+
 def test_a_probe_sees_the_mllms_second_answer_too(play):
     guard = Guard(Probe(), EyesClosed())
     decision, passes = play(guarded(CHAT, guard), screened("bad", 0.1, TAP), screened("good", 0.9, TAP))
