@@ -29,6 +29,7 @@ EXTRAS = {
         "pytest-benchmark>=4.0",
         "pytest>=8.0",
         "ruff>=0.6",
+        "tritonclient>=2.50",  # Triton's published schemas
     ],
 }
 

@@ -84,6 +84,24 @@ def detector(
         console.print(f"The threshold is that of fp32; --calibrate DATA finds the one for {chosen}.", style="yellow")
 
 
+@app.command()
+def serving(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `stockade export detector` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder, which is made anew.")],
+    target: Annotated[str, typer.Option("--target", help="triton or kserve.")] = "triton",
+) -> None:
+    """Make a model repository for Triton Inference Server of an exported detector: tokens in, and text in."""
+    _require_onnx()
+
+    from .serving import TARGETS, export_serving
+
+    chosen = next((known for known in TARGETS if known == target), None)
+    if chosen is None:
+        raise typer.BadParameter(f"target is one of {', '.join(TARGETS)}, not {target}")
+    repository = export_serving(folder, out, chosen)
+    Console(highlight=False).print(f"Written: {out}; serve it with tritonserver --model-repository {repository}")
+
+
 def _require_onnx() -> None:
     """Raises `MissingExtra`."""
     if importlib.util.find_spec("onnx") is None:
