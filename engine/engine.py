@@ -263,6 +263,16 @@ class Engine:
                 self.recorder.finish(request.reply, request.submitted)
         return [request.reply for request in driver.finished if request.reply is not None]
 
+    def close(self) -> None:
+        """Abort what is under way and close the detectors that run outside, also for engines that share them.
+
+        Only an engine with such a detector has anything to close.
+        """
+        for number in list(self.driver.requests):
+            self.abort(number)
+        for detector in self.outside.values():
+            detector.close()
+
     def check_integrity(self) -> None:
         """Raise `PoolCorrupted` unless every page of the pool is accounted for."""
         self.pool.check_integrity(sequence.table.pages for sequence in self.scheduler.sequences())

@@ -260,6 +260,16 @@ def test_an_abort_ends_it(outside: Any) -> None:
     finish(engine)
 
 
+def test_closing_an_engine_closes_it(outside: Any) -> None:
+    engine, detector = outside(act=lambda: sleep(0.05))
+    request = engine.submit("Tell me", guard=Guard(HarmHead(), Refuse()), sampling=LONG)
+    for _ in range(60):
+        engine.step()
+    engine.close()
+    assert replied(request).error == "aborted" and not detector.thread.is_alive()
+    finish(engine)
+
+
 def test_what_it_cannot_do_is_refused(outside: Any) -> None:
     engine, _ = outside(incremental=False)
     assert isinstance(engine.outside["detector"], OutsideDetector)
