@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "note", "missing"]
 SMOL_BYTES = 300_000_000
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # either, not both
 
 
 class Fact(NamedTuple):
@@ -45,7 +46,7 @@ def examine() -> Diagnosis:
     packages = list(_packages())
     if any(fact.status == "missing" for fact in packages if fact.topic == "torch"):
         return Diagnosis(list(_hardware()), [], packages)
-    return Diagnosis([*_hardware(), *_devices()], [*_engine(), _cache(), *_smol()], packages)
+    return Diagnosis([*_hardware(), *_devices()], [*_engine(), *_onnx_runtime(), _cache(), *_smol()], packages)
 
 
 def cpu_model() -> str:
@@ -121,6 +122,29 @@ def _native() -> Fact:
     return Fact("native CPU kernels", f"none: {library}; PyTorch runs instead", "note")
 
 
+def _onnx_runtime() -> Iterator[Fact]:
+    """What runs exported detectors. Two packages bring the same module: the one installed last overwrites the other."""
+    names = [name for name in ONNX_RUNTIMES if _installed(name)]
+    if not names:
+        return
+    if len(names) > 1:
+        remedy = f"pip uninstall -y {' '.join(names)} && pip install {names[-1]}, or {names[0]} for the CPU alone"
+        yield Fact("ONNX Runtime", f"{' and '.join(names)} are both installed and clash", "missing", remedy)
+        return
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    yield Fact("ONNX Runtime", f"{onnxruntime.__version__} ({names[0]}); execution providers: {providers}")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _cache() -> Fact:
     from .engine.models.bundles import default_cache
 
@@ -168,7 +192,10 @@ def _packages() -> Iterator[Fact]:
             wanted[one.name] = (one, [])
         elif parts:
             wanted.setdefault(one.name, (one, []))[1].extend(parts)
+    there = [name for name in ONNX_RUNTIMES if _installed(name)]
     for requirement, parts in wanted.values():
+        if requirement.name in ONNX_RUNTIMES and there and requirement.name not in there:
+            continue  # the other one does
         yield _package(requirement, parts)
 
 
