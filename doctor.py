@@ -123,7 +123,7 @@ def _native() -> Fact:
 
 
 def _onnx_runtime() -> Iterator[Fact]:
-    """What runs exported detectors. Two packages bring the same module: the one installed last overwrites the other."""
+    """What runs exported detectors. Two packages bring the same module: the one installed last takes its place."""
     names = [name for name in ONNX_RUNTIMES if _installed(name)]
     if not names:
         return
