@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .http_client import exchange
 
 CHAT = "/v1/chat/completions"
-HEALTH_EVERY = 0.02  # seconds
+HEALTH_EVERY = 0.1  # seconds; often enough to load the server itself would be no measurement
 
 
 class Load(NamedTuple):

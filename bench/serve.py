@@ -1,6 +1,7 @@
 """What the server costs: throughput against the bare engine, idle streams, and how fast /health is under load.
 
-Clients run in a process of their own, so that only the server's work counts as the server's.
+Clients run in a process of their own, and the model's threads leave them a core, with and without the server: only
+the server's work counts as the server's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from rich.table import Table
 
 from ..console import plain_table
+from ..doctor import cores
 from ..engine.engine import Engine
 from ..engine.guards import Guard
 from ..engine.sampling import SamplingParams
@@ -90,7 +92,17 @@ def run_serve(
     told: Callable[[str, int, int], None] | None = None,
 ) -> ServeReport:
     """Measure. Raises `WrongPath` when a reply is not the clean, whole one that it was meant to be."""
-    engine = sources.engine(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores() - 1))
+    try:
+        return _run(sources.engine(dtype), sources.name, config, told or (lambda *_: None))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    engine: Engine, name_of_model: str, config: ServeConfig, told: Callable[[str, int, int], None]
+) -> ServeReport:
     model, random = engine.models["mllm"], Random(config.seed)
     kinds = {"whole replies": False, "streamed as cleared": True}
     seconds: dict[str, list[float]] = {name: [] for name in ("bare", *kinds)}
@@ -114,8 +126,7 @@ def run_serve(
                     health += found.health if pair >= 0 else []
                 if pair >= 0:
                     seconds[name].append(took)
-            if told is not None:
-                told("serving", pair + 2, config.pairs + 1)
+            told("serving", pair + 2, config.pairs + 1)
         with served(engine, policy, max_requests=config.idle) as server:
             idle = clients.submit(hold, server.port, config.idle, _body("Hi", config, True))
             idle_steps = _steps_while_idle(engine, server, config)
@@ -125,7 +136,7 @@ def run_serve(
     ordered = sorted(health)
     return ServeReport(
         config,
-        sources.name,
+        name_of_model,
         str(model.backbone.decoder.dtype).removeprefix("torch."),
         Spread.of([tokens / took for took in bare]),
         {
