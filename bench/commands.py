@@ -182,6 +182,7 @@ def roofline(
 
 @app.command()
 def onnx(
+    model: Annotated[str, typer.Option(help="smol, or a named shape (tiny-llama).")] = "smol",
     data: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder with the data sets: real answers, thresholds."),
@@ -195,10 +196,10 @@ def onnx(
     """The exported detector of smol on ONNX Runtime, beside the engine's and `transformers`."""
     from .onnx import OnnxConfig, run_onnx
 
-    config = OnnxConfig(repeats=repeats, answers=answers, data=data, seed=seed)
+    config = OnnxConfig(model, repeats=repeats, answers=answers, data=data, seed=seed)
     if quick:
-        config = OnnxConfig((16,), (1, 2), 1, min(answers, 8), 8, 24, data, 2, seed)
-    _measure(lambda weights, told: run_onnx(config, told), "smol", None, None, json)
+        config = OnnxConfig(model, (16,), (1, 2), 1, min(answers, 8), 8, 24, data, 2, seed, ("fp32",))
+    _measure(lambda weights, told: run_onnx(config, told), model, None, None, json)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from ..engine.engine import Engine
 from ..engine.models.bundles import smol_folder
 from ..engine.models.loader import load_models
 from ..engine.models.model import Model
+from ..engine.models.shapes import named_config
 from ..engine.sampling import SamplingParams
 from ..export.calibration import Passage, passage, validation_texts
 from ..export.exporter import export_detector
@@ -43,9 +44,12 @@ QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """lengths: tokens of an answer. batches: answers at once. answers: of the evaluation set at most. chunk: tokens
-    that a sidecar is given at a time. data: where GPTFuzz lies; None leaves out what needs real answers."""
+    """model: a bundle, or a named shape with random weights. lengths: tokens of an answer. batches: answers at once.
+    answers: of the evaluation set at most. chunk: tokens that a sidecar is given at a time. data: where GPTFuzz lies;
+    None leaves out what needs real answers. loaded: folders whose loading is measured.
+    """
 
+    model: str = "smol"
     lengths: tuple[int, ...] = (32, 128, 256)
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 5
@@ -55,6 +59,7 @@ class OnnxConfig:
     data: Path | None = None
     calibration_texts: int = 150
     seed: int = 0
+    loaded: tuple[str, ...] = ("fp32", "int8", "int4", "with past")
 
 
 @dataclass
@@ -79,18 +84,18 @@ class OnnxReport:
 
 
 def run_onnx(config: OnnxConfig, told: Told) -> OnnxReport:
-    """Export `smol`'s detector in every precision and measure. Raises as exporting and reading the data do."""
+    """Export a model's detector in every precision and measure. Raises as exporting and reading the data do."""
     report = OnnxReport()
     with TemporaryDirectory() as work:
         texts = () if config.data is None else validation_texts(config.data, config.calibration_texts)
         folders: dict[str, Path] = {}
         for precision in ("fp32", *QUANTIZED):
             folders[precision] = Path(work) / precision
-            export_detector("smol", folders[precision], precision=precision, calibration=texts, progress=told)
+            export_detector(config.model, folders[precision], precision=precision, calibration=texts, progress=told)
         folders["with past"] = Path(work) / "past"
-        export_detector("smol", folders["with past"], with_past=True)
+        export_detector(config.model, folders["with past"], with_past=True)
         detectors = {name: OnnxDetector(folder) for name, folder in folders.items()}
-        models = {dtype: _detector(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        models = {dtype: _detector(config.model, dtype) for dtype in (torch.float32, torch.bfloat16)}
         try:
             _measure_speed(config, detectors, models, report, told)
             if config.data is not None:
@@ -98,13 +103,13 @@ def run_onnx(config: OnnxConfig, told: Told) -> OnnxReport:
         finally:
             for detector in detectors.values():
                 detector.close()
-        report.loading = [_loading(name, folder) for name, folder in folders.items()]
+        report.loading = [_loading(name, folders[name]) for name in config.loaded]
         report.sidecar = _sidecar(config, folders["with past"], told)
     return report
 
 
-def _detector(dtype: torch.dtype) -> Model:
-    return load_models("smol", dtype=dtype, device="cpu").models["detector"]
+def _detector(model: str, dtype: torch.dtype) -> Model:
+    return load_models(model, model, dtype=dtype, device="cpu").models["detector"]
 
 
 # Speed.
@@ -117,12 +122,13 @@ def _measure_speed(
     report: OnnxReport,
     told: Told,
 ) -> None:
-    reference = _transformers(models[torch.float32].depth)
+    reference = _transformers(config.model, models[torch.float32].depth)
     random = Random(config.seed)
     sizes = [(batch, length) for batch in config.batches for length in config.lengths]
     for done, (batch, length) in enumerate(sizes):
         told("timing", done, len(sizes))
-        texts = [[random.randrange(3, 40_000) for _ in range(length)] for _ in range(batch)]
+        vocabulary = detectors["fp32"].vocab_size
+        texts = [[random.randrange(3, vocabulary) for _ in range(length)] for _ in range(batch)]
         zeros = [0] * batch
         runs: dict[str, Callable[[], Any]] = {
             "transformers fp32": partial(reference, torch.tensor(texts)),
@@ -159,10 +165,14 @@ def _in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
     }
 
 
-def _transformers(depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _transformers(name: str, depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(smol_folder(), dtype=torch.float32).eval()
+    shape = named_config(name)
+    if shape is None:
+        model = AutoModel.from_pretrained(smol_folder(), dtype=torch.float32).eval()
+    else:
+        model = AutoModel.from_config(shape, dtype=torch.float32).eval()
     model.layers = model.layers[:depth]
     model.norm = torch.nn.Identity()
 
@@ -279,7 +289,7 @@ def _loading(name: str, folder: Path) -> dict[str, Any]:
 
 def _sidecar(config: OnnxConfig, folder: Path, told: Told) -> dict[str, float]:
     """The engine decodes on all cores; then on all but one, with a detector on that one reading what is decoded."""
-    engine = Engine("smol", device="cpu")
+    engine = Engine(config.model, device="cpu")
     threads = torch.get_num_threads()
     detector = OnnxDetector(folder, threads=1)
     alone, beside, fewer, after, chunks = [], [], [], [], []
