@@ -34,6 +34,7 @@ PAGE_POLICY = (
 )
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": wire.ErrorBody}, "5XX": {"model": wire.ErrorBody}}
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ def create_app(service: Service, door: Door | None = None, log: logging.Logger |
         description="Chat completions in which no harmful answer gets out. Every reply carries its guard's report.",
         lifespan=lifespan,
         redoc_url=None,
-        dependencies=[Depends(HTTPBearer(auto_error=False))],
         responses=ERRORS,
     )
     app.add_middleware(
@@ -111,8 +111,10 @@ def create_app(service: Service, door: Door | None = None, log: logging.Logger |
     # The gate tells of every error, in one place.
     app.add_exception_handler(HTTPException, _raise)
     app.add_exception_handler(RequestValidationError, _raise)
-    _add_answers(app, service)
-    _add_facts(app, service)
+    # For the description only: the gate has asked for the key by then.
+    keyed = [Depends(HTTPBearer(auto_error=False))] if door.doors.locked else []
+    _add_answers(app, service, keyed)
+    _add_facts(app, service, keyed)
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -121,11 +123,12 @@ def create_app(service: Service, door: Door | None = None, log: logging.Logger |
     return app
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_answers(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     """What needs the engine."""
 
     @app.post(
         "/v1/chat/completions",
+        dependencies=keyed,
         response_model=None,
         responses={200: {"model": wire.ChatCompletion, "content": STREAM}},
     )
@@ -136,7 +139,12 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             body, request, lambda: service.chat(body, _tenant(request), form, request.headers.get("traceparent"))
         )
 
-    @app.post("/v1/completions", response_model=None, responses={200: {"model": wire.Completion, "content": STREAM}})
+    @app.post(
+        "/v1/completions",
+        dependencies=keyed,
+        response_model=None,
+        responses={200: {"model": wire.Completion, "content": STREAM}},
+    )
     async def completions(body: wire.CompletionRequest, request: Request) -> Response:
         """Continue a raw prompt under a guard."""
         form = TextForm()
@@ -144,26 +152,26 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             body, request, lambda: service.complete(body, _tenant(request), form, request.headers.get("traceparent"))
         )
 
-    @app.post("/v1/moderations")
+    @app.post("/v1/moderations", dependencies=keyed)
     async def moderations(body: wire.ModerationRequest, request: Request) -> wire.Moderation:
         """What the harm detector says of texts."""
         return await service.moderate(body, _tenant(request))
 
-    @app.post("/tokenize")
-    async def tokenize(body: wire.TokenizeRequest) -> wire.Tokenized:
+    @app.post("/tokenize", dependencies=keyed)
+    async def tokenize(body: wire.TokenizeText | wire.TokenizeChat) -> wire.Tokenized:
         """The tokens of a text or a chat."""
         return await service.tokenize(body)
 
 
-def _add_facts(app: FastAPI, service: Service) -> None:
+def _add_facts(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     """What can be told at once."""
     card = wire.ModelCard(id=service.settings.model, created=service.created, max_model_len=service.context)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=keyed)
     async def models() -> wire.ModelList:
         return wire.ModelList(data=[card])
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=keyed)
     async def model(name: str) -> wire.ModelCard:
         service.check_model(name)
         return card
@@ -189,7 +197,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def version() -> wire.Version:
         return wire.Version(version=__version__)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", dependencies=keyed, response_model=None, responses={200: {"content": TEXT}})
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -15,6 +15,7 @@ from ..passes import ReleaseMode
 MAX_MESSAGES = 1024
 MAX_INPUTS = 256  # texts of one moderation request
 MAX_PARTS = 256  # of one message
+MAX_SEED = 2**63 - 1024  # of 64 bits; descriptions hold limits as floats, and this one is exact
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 Text = Annotated[str, Field(max_length=4_000_000)]
@@ -45,11 +46,10 @@ class TextPart(Strict):
 Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Strict):
-    """A turn. `refusal` of an assistant's message is what it said instead of `content`."""
+class Turn(Strict):
+    """What every message has. `refusal` of an assistant's is what it said instead of `content`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
     refusal: Text | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     # In messages that a client got from here and sends back.
@@ -57,6 +57,16 @@ class Message(Strict):
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class Message(Turn):
+    content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+
+
+class TextMessage(Turn):
+    """A turn without images, whose tokens hang on their pixels."""
+
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
 
 
 class GuardChoice(Strict):
@@ -91,7 +101,7 @@ class Sampled(Strict):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     stop: (
         Annotated[str, Field(max_length=256)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)]
@@ -151,11 +161,13 @@ class ModerationRequest(Strict):
     model: Annotated[str, Field(max_length=256)] | None = None
 
 
-class TokenizeRequest(Strict):
-    """Either a text or a chat of texts."""
+class TokenizeText(Strict):
+    prompt: Text
+    model: Annotated[str, Field(max_length=256)] | None = None
 
-    prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+class TokenizeChat(Strict):
+    messages: Annotated[list[TextMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: Annotated[str, Field(max_length=256)] | None = None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic, time
 from typing import Any
@@ -18,7 +18,6 @@ from ..errors import (
     Aborted,
     BadInput,
     DeadlineExceeded,
-    InvalidMessage,
     PassError,
     PromptTooLong,
     UnknownModel,
@@ -180,26 +179,21 @@ class Service:
                 )
         return wire.Moderation(id=about.id, model=self.detector.name, results=results)
 
-    async def tokenize(self, body: wire.TokenizeRequest) -> wire.Tokenized:
-        """Raises `InvalidMessage` unless there is one of both, and for images, whose tokens hang on the pixels."""
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidMessage("send either a prompt or messages")
+    async def tokenize(self, body: wire.TokenizeText | wire.TokenizeChat) -> wire.Tokenized:
+        """Raises `BadInput` for a text that is too long to be a prompt, and as `chat` does."""
         if body.model is not None:
             self.check_model(body.model)
-        if body.prompt is not None:
+        if isinstance(body, wire.TokenizeText):
             text = body.prompt
             if len(text) > self.context * 64:
                 raise BadInput(f"the text has {len(text)} characters, more than {self.context} tokens could hold")
             ids = await self.engine.call(lambda engine: engine.models["mllm"].codec.encode_text(text))
         else:
-            assert body.messages is not None
-            if _has_images(body.messages):
-                raise InvalidMessage("only texts have tokens that can be told without their model")
             chat = await self.parse(body.messages)
             ids = await self.engine.call(lambda engine: engine.models["mllm"].codec.encode_chat(chat))
         return wire.Tokenized(tokens=ids, count=len(ids), max_model_len=self.context)
 
-    async def parse(self, messages: list[wire.Message]) -> Chat:
+    async def parse(self, messages: Sequence[wire.Message | wire.TextMessage]) -> Chat:
         """The engine's chat; images are fetched where that is allowed, and decoded, in threads."""
         plain = [_plain(message) for message in messages]
         if not _has_images(messages):
@@ -473,7 +467,7 @@ class Exchange:
         return b"data: " + failure(error).body.model_dump_json().encode() + b"\n\n"
 
 
-def _plain(message: wire.Message) -> dict[str, Any]:
+def _plain(message: wire.Message | wire.TextMessage) -> dict[str, Any]:
     """A message as the engine reads it; what an assistant refused with is what it said."""
     content: Any = message.content
     if content is None and message.role == "assistant":
@@ -483,7 +477,7 @@ def _plain(message: wire.Message) -> dict[str, Any]:
     return {"role": message.role, "content": content}
 
 
-def _has_images(messages: list[wire.Message]) -> bool:
+def _has_images(messages: Sequence[wire.Message | wire.TextMessage]) -> bool:
     return any(
         isinstance(part, wire.ImagePart)
         for message in messages

@@ -266,7 +266,7 @@ def test_tokens_of_texts_and_chats(live: Live) -> None:
     assert found["count"] == len(found["tokens"]) > 0 and found["max_model_len"] == 512
     talk = ask(live, {"messages": [{"role": "user", "content": "Hello"}]}, "/tokenize")
     assert talk["count"] > found["count"]
-    refused(live, {}, 400, "invalid_message", "/tokenize")
+    refused(live, {}, 400, "invalid_value", "/tokenize")
 
 
 def test_the_page_and_the_docs_are_there(live: Live) -> None:
