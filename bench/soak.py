@@ -158,8 +158,8 @@ def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: 
     models = load_models("tiny-llava", "tiny-llama", "tiny-llama", device="cpu")
     largest = max(model.layout(16).page_bytes for model in models.models.values())
     engine = Engine(models=models, tokens_per_page=16, kv_bytes=largest * config.pages, max_sequences=24)
-    threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.0)
-    judged = _quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.1)
+    threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.15)
+    judged = _quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.15)
     witness = Witness(engine, threshold, config.faults, random.Random(config.seed))
     clients = _Clients(config, told)
     began, threads = time.perf_counter(), threading.active_count()
@@ -207,10 +207,12 @@ def _policy(threshold: float, judged: float) -> Policy:
 
 def _quantile(engine: Engine, detector: Detector, share: float) -> float:
     """A threshold under which about this share of random answers lies."""
-    asked = [f"question {number}" for number in range(24)]
-    sampling = SamplingParams(temperature=1.0, seed=0, max_tokens=24)
-    replies = engine.chat(asked, guard=Guard(detector, Refuse()), sampling=sampling)
-    scores = sorted(reply.verdicts[0].score for reply in replies)
+    guard, scores = Guard(detector, Refuse()), []
+    for number in range(24):
+        sampling = SamplingParams(temperature=1.0, seed=number, max_tokens=24)
+        reply = engine.chat([f"question {number}"], guard=guard, sampling=sampling)[0]
+        scores.append(reply.verdicts[0].score)
+    scores.sort()
     return scores[int(len(scores) * share)]
 
 
