@@ -15,7 +15,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import RequestTooLarge, SlowClient, StockadeError
+from ..errors import Overloaded, RequestTooLarge, SlowClient, StockadeError
 from .http_errors import failure
 from .limits import Doors
 from .metrics import Metrics
@@ -32,16 +32,33 @@ class Refused(HTTPException):
         self.error = error
 
 
+@dataclass
+class Bodies:
+    """Bytes of requests: at most of one, at most of all together, and how many are held now."""
+
+    most: int
+    most_in_all: int
+    held: int = 0
+
+    def add(self, size: int, more: int) -> None:
+        """A request that has sent `size` bytes, `more` of them just now. Raises `RequestTooLarge`, `Overloaded`."""
+        self.held += more
+        if size > self.most:
+            raise RequestTooLarge(f"the body has more than {self.most} bytes, which is the limit")
+        if self.held > self.most_in_all:
+            raise Overloaded("the bodies of all requests are more than are held at once; come again later")
+
+
 @dataclass(frozen=True)
 class Gate:
     """body_seconds: within which a body must be there. send_seconds: within which a client must take what it is sent,
-    piece by piece. max_body: bytes."""
+    piece by piece."""
 
     app: ASGIApp
     doors: Doors
     metrics: Metrics
     log: logging.Logger
-    max_body: int
+    bodies: Bodies
     body_seconds: float
     send_seconds: float
 
@@ -50,7 +67,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
-        started = False
+        started, held = False, [0]
 
         async def sending(message: Message) -> None:
             nonlocal started
@@ -69,7 +86,7 @@ class Gate:
             scope.setdefault("state", {})["tenant"] = tenant
             counted = tenant is not None and scope["method"] == "POST"
             with tenant.request() if tenant is not None and counted else nullcontext():
-                await self.app(scope, self._limited(receive), sending)
+                await self.app(scope, self._limited(receive, held), sending)
         except Exception as error:
             told = failure(error.error if isinstance(error, Refused) else error)
             if told.status == 500:  # the others are no surprise
@@ -77,13 +94,15 @@ class Gate:
             self.metrics.refused(told.status, told.code)
             if not started:  # else the server sees that the reply has no end, and cuts the connection
                 await told.response()(scope, receive, send)
+        finally:
+            self.bodies.held -= held[0]
 
     def _check_length(self, length: bytes | None) -> None:
-        if length is not None and length.isdigit() and int(length[:20]) > self.max_body:
-            raise RequestTooLarge(f"the body has more than {self.max_body} bytes, which is the limit")
+        if length is not None and length.isdigit():
+            self.bodies.add(int(length[:20]), 0)
 
-    def _limited(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
-        """`receive` that counts the body's bytes and seconds until all of it is there."""
+    def _limited(self, receive: Receive, held: list[int]) -> Callable[[], Awaitable[Message]]:
+        """`receive` that counts the body's bytes, also into `held`, and seconds until all of it is there."""
         loop = asyncio.get_running_loop()
         ends, size, whole = loop.time() + self.body_seconds, 0, False
 
@@ -96,9 +115,13 @@ class Gate:
                     message = await receive()
             except TimeoutError:
                 raise Refused(SlowClient(f"the body took more than {self.body_seconds:g} seconds")) from None
-            size += len(message.get("body", b""))
-            if size > self.max_body:
-                raise Refused(RequestTooLarge(f"the body has more than {self.max_body} bytes, which is the limit"))
+            more = len(message.get("body", b""))
+            size += more
+            held[0] = size
+            try:
+                self.bodies.add(size, more)
+            except StockadeError as error:
+                raise Refused(error) from None
             whole = not message.get("more_body", False)
             return message
 

@@ -31,7 +31,7 @@ class Metrics:
             return Histogram(f"stockade_{name}", what, labels, registry=self.registry, buckets=buckets)
 
         self._requests = counter("requests", "Requests by how they ended", "endpoint", "policy", "outcome")
-        self._refused = counter("refused_requests", "Requests refused before any model work", "status", "code")
+        self._refused = counter("refused_requests", "Requests answered with an error", "status", "code")
         self._verdicts = counter("verdicts", "Verdicts by detector", "detector", "harmful")
         self._closed = counter("fail_closed", "Verdicts that failed, hence harmful, by reason", "detector", "reason")
         self._rounds = counter("remedies", "Answers that a remedy gave", "policy")

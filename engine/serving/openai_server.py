@@ -21,10 +21,11 @@ from starlette.types import Receive, Scope, Send
 from ... import __version__
 from ..errors import Aborted
 from . import protocol as wire
+from .exchange import Exchange
 from .forms import ChatForm, TextForm
-from .gate import Gate
+from .gate import Bodies, Gate
 from .limits import Doors, Tenant
-from .service import Exchange, Service
+from .service import Service
 
 PAGE = Path(__file__).parent / "page.html"
 # The page is one file, brings all it needs, and talks to nobody but its own server.
@@ -39,11 +40,14 @@ TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 @dataclass(frozen=True)
 class Door:
-    """How clients are let in. max_body: bytes. body_seconds, send_seconds: see `Gate`. origins: web pages of other
-    servers that may ask this one. drain: seconds that requests under way have when the server stops."""
+    """How clients are let in. max_body: bytes of one, max_bodies: of all that are being read or answered.
+    body_seconds, send_seconds: see `Gate`. origins: web pages of other servers that may ask this one. drain: seconds
+    that requests under way have when the server stops.
+    """
 
     doors: Doors = field(default_factory=Doors)
     max_body: int = 20 << 20
+    max_bodies: int = 512 << 20
     body_seconds: float = 30.0
     send_seconds: float = 30.0
     origins: Sequence[str] = ()
@@ -97,7 +101,7 @@ def create_app(service: Service, door: Door | None = None, log: logging.Logger |
         doors=door.doors,
         metrics=service.metrics,
         log=log or logging.getLogger("stockade.serving"),
-        max_body=door.max_body,
+        bodies=Bodies(door.max_body, door.max_bodies),
         body_seconds=door.body_seconds,
         send_seconds=door.send_seconds,
     )

@@ -18,7 +18,7 @@ import pytest
 
 from stockade.engine.models.loader import ModelSet
 from stockade.engine.serving import launch
-from stockade.engine.serving.gate import Gate
+from stockade.engine.serving.gate import Bodies, Gate
 from stockade.engine.serving.launch import Serving
 from stockade.engine.serving.limits import Doors
 from stockade.engine.serving.openai_server import Door
@@ -33,7 +33,7 @@ class Hasty(Serving):
     """Limits that a test can wait for."""
 
     def door(self) -> Door:
-        return replace(super().door(), max_body=400_000, body_seconds=0.3, send_seconds=0.5)
+        return replace(super().door(), max_body=400_000, max_bodies=1_000_000, body_seconds=0.3, send_seconds=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,20 @@ def test_bodies_that_are_too_large_are_refused_with_and_without_a_length(live: L
     answered(live)
 
 
+def test_many_large_bodies_at_once_are_more_than_the_server_holds(live: Live) -> None:
+    """Each is within its own limit; their clients send all but the end."""
+    host, port = re.findall(r"//(.*):(\d+)", live.url)[0]
+    waiting = [socket.create_connection((host, int(port)), timeout=5) for _ in range(4)]
+    said = b""
+    for connection in waiting:
+        connection.sendall(posted(b" " * 300_000, 300_001))
+    for connection in waiting:
+        said += connection.recv(65536)
+        connection.close()
+    assert b"429" in said and b"overloaded" in said
+    answered(live)
+
+
 def bomb(width: int, height: int) -> bytes:
     """A small PNG file of many pixels."""
 
@@ -283,7 +297,7 @@ def test_a_client_that_does_not_read_is_given_up(live: Live) -> None:
             if len(sent) > 1:
                 await asyncio.sleep(60)
 
-        gate = Gate(app, Doors(), Metrics(), logging.getLogger("x"), 100, 1.0, 0.1)  # type: ignore[arg-type]
+        gate = Gate(app, Doors(), Metrics(), logging.getLogger("x"), Bodies(100, 100), 1.0, 0.1)  # type: ignore[arg-type]
         scope = {"type": "http", "path": "/x", "method": "GET", "headers": []}
         await asyncio.wait_for(gate(scope, lambda: asyncio.sleep(60), stuck), 5)  # type: ignore[arg-type]
         assert len(sent) == 2
