@@ -300,12 +300,15 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Abort all that is under way and end the thread, when the step that it is in has ended."""
+        """Abort all that is under way and end the thread, when the step that it is in has ended.
+
+        A step that hangs is not waited for; its thread ends with the process.
+        """
         self._draining = True
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(STALLED)
 
     # The stepping thread.
 

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from stockade.engine.models.loader import ModelSet
+from stockade.engine.serving import exchange
 from stockade.engine.serving.policy import Policy
 from tests.engine.screened import assert_empty, engine_of
 from tests.serving.live import GUARDS, HARMFUL, Live, chat, data_url, picture, serving
@@ -123,6 +124,15 @@ def test_withheld_texts_stay_withheld_unless_the_operator_reveals_them(models: M
     assert texts[0]
     streamed = json.dumps(events(live, "/v1/chat/completions", body))
     assert json.dumps(texts[0])[1:-1] not in json.dumps(ask(live, body)) + streamed
+
+
+def test_a_stream_that_has_nothing_to_show_says_that_it_is_there(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "KEEP_ALIVE", 0.005)
+    with live.client() as client:
+        said = client.post("/v1/chat/completions", json=chat(max_tokens=40, stream=True)).text
+    events = [event for event in said.split("\n\n") if event]
+    assert any(event.startswith(": ") for event in events) and events[-1] == "data: [DONE]"
+    assert all(event.startswith((": ", "data: ")) for event in events)
 
 
 def test_progress_is_told_where_it_was_asked_for(live: Live) -> None:
