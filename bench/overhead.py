@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engine.driver import PATIENT
+from ..engine.answers import PATIENT
 from ..engine.engine import Engine
 from ..engine.models.loader import ModelSet
 from .estimates import Estimate

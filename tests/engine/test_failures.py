@@ -122,7 +122,7 @@ def test_logits_that_are_not_numbers_end_their_own_request_only(
 
 
 def test_an_error_while_tokens_are_handed_out_ends_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stockade.engine.driver.sample", lambda logits, rows: 1 / 0)
+    monkeypatch.setattr("stockade.engine.answers.sample", lambda logits, rows: 1 / 0)
     reply = engine.chat(["One"], sampling=SHORT)[0]
     assert reply.error == "ZeroDivisionError: division by zero"
     monkeypatch.undo()

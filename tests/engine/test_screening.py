@@ -230,13 +230,13 @@ def test_chunks_of_one_character_cut_in_bytes_hold_whole_characters_only(bases: 
     models = pair(bases, "last in the middle", "byte-level", "byte-level")
     engine = engine_of(models)
     seen = []
-    follow = engine.driver._feed
+    follow = engine.driver.answers._feed
 
     def watch(request: Any, run: Any) -> None:
         seen.append(run.screening.text)
         follow(request, run)
 
-    engine.driver._feed = watch  # type: ignore[method-assign]
+    engine.driver.answers._feed = watch  # type: ignore[method-assign]
     text = "😀東ü" * 6
     screened_and_scored(engine, [Mate(text, True, 0, 200, 1, (), ())], Watched())
     assert len(set(seen)) > 10 and all(text.startswith(item) for item in seen)
