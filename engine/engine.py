@@ -110,7 +110,9 @@ class Engine:
         self.outside = models.outside
         self.traits = {name: _traits(item, self.lanes) for name, item in self.models.items()}
         self.traits |= {
-            name: ModelTraits(item.spec.template, backbone=-1, reads_along=item.incremental)
+            name: ModelTraits(
+                item.spec.template, backbone=-1, reads_along=item.incremental, threshold=item.spec.threshold
+            )
             for name, item in self.outside.items()
         }
         self.driver = Driver(self.models, self.outside, self.scheduler, self.runner, self._page_size)
@@ -295,9 +297,16 @@ class Engine:
 
 
 def _traits(model: Model, lanes: list[Lane]) -> ModelTraits:
-    template = model.head.spec.template if model.head else None
+    template, threshold = (model.spec.template, model.spec.threshold) if model.spec else (None, None)
     backbone = next(index for index, lane in enumerate(lanes) if lane.backbone is model.backbone)
-    return ModelTraits(template, model.chat_only, backbone, bool(model.invocation), template == IN_CONTEXT)
+    return ModelTraits(
+        template,
+        model.chat_only,
+        backbone,
+        continues=bool(model.invocation),
+        in_context=template == IN_CONTEXT,
+        threshold=threshold,
+    )
 
 
 def _unguarded(prompt: Prompt) -> Loop:

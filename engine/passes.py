@@ -236,7 +236,7 @@ class Decision(NamedTuple):
 class ModelTraits(NamedTuple):
     """What a loop may know of a model.
 
-    template: the text template of its head, None without a head. chat_only: it understands chats only. backbone:
+    template, threshold: of its head, None without a head. chat_only: it understands chats only. backbone:
     equal for models on the same weights. continues: its head reads the end of a sequence of the backbone's own, as
     an activated adapter does. in_context: its head was fitted on the hidden states of the model that answers.
     reads_along: it can read a text while that grows.
@@ -248,6 +248,7 @@ class ModelTraits(NamedTuple):
     continues: bool = False
     in_context: bool = False
     reads_along: bool = True
+    threshold: float | None = None
 
 
 Loop: TypeAlias = "Generator[Ask, Any, Decision]"

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, get_args
 
 from ..errors import InvalidGuard
 from ..guards import Guard, HarmHead, Probe, SelfJudge
-from ..models.model import Model
 from ..passes import ModelTraits, ReleaseMode
 from .protocol import GuardChoice, OfferedGuard
 
@@ -58,7 +57,7 @@ class Policy:
             raise InvalidGuard(f"the guard {self.default!r} cannot release {self.release!r}: it judges at the end")
         return found
 
-    def choose(self, wanted: GuardChoice | None, models: Mapping[str, Model]) -> Chosen:
+    def choose(self, wanted: GuardChoice | None, traits: Mapping[str, ModelTraits]) -> Chosen:
         """The guard and the release of a request. Raises `InvalidGuard` for what a client may not have."""
         wanted = wanted or GuardChoice()
         name = self.default if wanted.policy is None else wanted.policy
@@ -72,16 +71,16 @@ class Policy:
         elif not self.can_release(name, release):
             raise InvalidGuard(f"the policy {name!r} cannot release {release!r}: it judges at the end")
         if wanted.threshold is not None:
-            guard = self._tightened(name, guard, wanted.threshold, models)
+            guard = self._tightened(name, guard, wanted.threshold, traits)
         return Chosen(name, guard, release)
 
-    def offered(self, models: Mapping[str, Model]) -> list[OfferedGuard]:
+    def offered(self, traits: Mapping[str, ModelTraits]) -> list[OfferedGuard]:
         """What a client may choose, the default first."""
         names = sorted(self.guards, key=lambda name: name != self.default)
         return [
             OfferedGuard(
                 policy=name,
-                threshold=_threshold(self.guards[name].detector, models),
+                threshold=_threshold(self.guards[name].detector, traits),
                 releases=[mode for mode in self._releases() if self.can_release(name, mode)],
             )
             for name in names
@@ -95,8 +94,8 @@ class Policy:
     def _releases(self) -> tuple[ReleaseMode, ...]:
         return _RELEASES[: _RELEASES.index(self.loosest or self.release) + 1]
 
-    def _tightened(self, name: str, guard: Guard, threshold: float, models: Mapping[str, Model]) -> Guard:
-        least = _threshold(guard.detector, models)
+    def _tightened(self, name: str, guard: Guard, threshold: float, traits: Mapping[str, ModelTraits]) -> Guard:
+        least = _threshold(guard.detector, traits)
         if least is None:
             raise InvalidGuard(f"the policy {name!r} has no threshold to set")
         if threshold < least and not self.loosen:
@@ -104,13 +103,12 @@ class Policy:
         return replace(guard, detector=_with_threshold(guard.detector, threshold))
 
 
-def _threshold(detector: Any, models: Mapping[str, Model]) -> float | None:
+def _threshold(detector: Any, traits: Mapping[str, ModelTraits]) -> float | None:
     if not isinstance(detector, HarmHead | Probe | SelfJudge):
         return None
     if detector.threshold is not None:
         return detector.threshold
-    head = models[detector.model].head
-    return None if head is None else head.spec.threshold
+    return traits[detector.model].threshold
 
 
 def _with_threshold(detector: Any, threshold: float) -> Any:

@@ -84,13 +84,13 @@ class Service:
             raise UnknownModel(f"there is no such model here; there is {self.settings.model!r}")
 
     def offer(self) -> wire.Offer:
-        models, policy = self.engine.engine.models, self.settings.policy
+        inner, policy = self.engine.engine, self.settings.policy
         return wire.Offer(
             model=self.settings.model,
-            images=models["mllm"].max_images > 0,
+            images=inner.models["mllm"].max_images > 0,
             default_policy=policy.default,
             default_release=policy.release,
-            guards=policy.offered(models),
+            guards=policy.offered(inner.traits),
             texts_revealed=self.settings.reveal,
         )
 
@@ -98,7 +98,7 @@ class Service:
         """Begin a chat. Raises what the engine and the policy raise, before anything was answered."""
         self.check_model(body.model)
         self.engine.check_room()  # before the work of reading the request
-        chosen = self.settings.policy.choose(body.guard, self.engine.engine.models)
+        chosen = self.settings.policy.choose(body.guard, self.engine.engine.traits)
         sampling = self._sampling(body, body.max_completion_tokens or body.max_tokens)
         began = monotonic()
         chat = await self.parse(body.messages)
@@ -126,7 +126,7 @@ class Service:
         """
         self.check_model(body.model)
         self.engine.check_room()  # before the work of reading the request
-        chosen = self.settings.policy.choose(body.guard, self.engine.engine.models)
+        chosen = self.settings.policy.choose(body.guard, self.engine.engine.traits)
         sampling = self._sampling(body, body.max_tokens)
         prompt = body.prompt[0] if isinstance(body.prompt, list) and isinstance(body.prompt[0], str) else body.prompt
         ids = await self.engine.call(lambda engine: engine.encode_prompt(prompt))
@@ -253,8 +253,8 @@ class Service:
             detector = guards[name].detector
             if isinstance(detector, HarmHead):
                 return detector
-        model = inner.models.get("detector")
-        if model is None or model.head is None or model.head.spec.template is None:
+        traits = inner.traits.get("detector")
+        if traits is None or traits.template is None or traits.in_context:
             return None
         return HarmHead().bind(inner.traits)
 

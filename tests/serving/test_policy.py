@@ -12,13 +12,14 @@ from stockade.engine.models.loader import ModelSet
 from stockade.engine.serving.policy import Chosen, Policy
 from stockade.engine.serving.protocol import GuardChoice
 from tests.engine.screened import engine_of, probe_on, with_models
+from tests.engine.test_outside import Counting
 
 PROTECTOR = Guard(HarmHead(template="response", threshold=0.4))
 
 
 def choose(offered: Policy, models: ModelSet, **wanted: Any) -> Chosen:
     engine = engine_of(models)
-    return offered.bound(engine.traits).choose(GuardChoice(**wanted), engine.models)
+    return offered.bound(engine.traits).choose(GuardChoice(**wanted), engine.traits)
 
 
 def test_without_a_wish_a_client_gets_the_operator_s_default(models: ModelSet) -> None:
@@ -99,3 +100,16 @@ def test_settings_that_contradict_each_other_are_refused(models: ModelSet) -> No
         choose(Policy({"ecso": Guard.ecso()}, "ecso", "window"), models)
     with pytest.raises(InvalidGuard, match="needs a model"):
         choose(Policy({"other": Guard(HarmHead("other"))}, "other"), models)
+
+
+def test_a_detector_outside_the_engine_has_a_threshold_too(models: ModelSet) -> None:
+    detector = Counting(models.models["mllm"].codec)
+    outside = ModelSet({"mllm": models.models["mllm"]}, models.device, models.dtype, {"detector": detector})
+    policy = Policy({"protector": Guard.protector(detoxifier=None)}, "protector", "window")
+    assert choose(policy, outside, threshold=0.6).guard.detector.threshold == 0.6  # type: ignore[union-attr]
+    with pytest.raises(InvalidGuard, match=r"has 0\.5"):
+        choose(policy, outside, threshold=0.4)
+    detector.incremental = False
+    with pytest.raises(InvalidGuard, match="judges at the end"):
+        policy.bound(engine_of(outside).traits)
+    detector.close()
