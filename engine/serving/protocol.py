@@ -82,7 +82,10 @@ class GuardChoice(Strict):
 
 
 class StreamOptions(Strict):
+    """continuous_usage_stats: load generators ask for it; the usage is told once, at the end."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
