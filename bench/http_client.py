@@ -38,7 +38,7 @@ async def exchange(
     out, began = Exchanged(), perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(_request(path, body))
+        writer.write(request_bytes(path, body))
         async with asyncio.timeout(leave_after):
             await _read(reader, out, began, leave_at_event, pause)
     except TimeoutError:
@@ -51,7 +51,8 @@ async def exchange(
     return out
 
 
-def _request(path: str, body: Any) -> bytes:
+def request_bytes(path: str, body: Any) -> bytes:
+    """A request as it goes over the wire; bytes are sent as they are."""
     content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     method = "GET" if body is None else "POST"
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"

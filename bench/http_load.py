@@ -25,11 +25,6 @@ def load(port: int, bodies: list[Any], at_once: int) -> Load:
     return asyncio.run(_send_all(port, bodies, at_once))
 
 
-def hold(port: int, count: int, body: Any) -> None:
-    """Open streams of short answers, and read nothing of them for a while."""
-    asyncio.run(_hold_all(port, count, {**body, "max_tokens": 4}))
-
-
 async def _send_all(port: int, bodies: list[Any], at_once: int) -> Load:
     health: list[float] = []
     failures: list[str] = []
@@ -54,7 +49,3 @@ async def _send_all(port: int, bodies: list[Any], at_once: int) -> Load:
     took = perf_counter() - began
     asking.cancel()
     return Load(took, health, failures)
-
-
-async def _hold_all(port: int, count: int, body: Any) -> None:
-    await asyncio.gather(*(exchange(port, CHAT, body, pause=3.0, leave_at_event=2) for _ in range(count)))

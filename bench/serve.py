@@ -7,9 +7,11 @@ the server's work counts as the server's.
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from random import Random
 from time import perf_counter
@@ -24,7 +26,8 @@ from ..engine.engine import Engine
 from ..engine.guards import Guard
 from ..engine.sampling import SamplingParams
 from ..engine.serving.policy import Policy
-from .http_load import hold, load
+from .http_client import request_bytes
+from .http_load import CHAT, load
 from .report import Spread, WrongPath
 from .serving import NAME, Served, served
 from .workload import Sources, question
@@ -128,9 +131,7 @@ def _run(
                     seconds[name].append(took)
             told("serving", pair + 2, config.pairs + 1)
         with served(engine, policy, max_requests=config.idle) as server:
-            idle = clients.submit(hold, server.port, config.idle, _body("Hi", config, True))
             idle_steps = _steps_while_idle(engine, server, config)
-            idle.result()
     tokens = config.requests * config.answer_tokens
     bare = seconds.pop("bare")
     ordered = sorted(health)
@@ -175,13 +176,16 @@ def _body(text: str, config: ServeConfig, stream: bool) -> dict[str, Any]:
 
 
 def _steps_while_idle(engine: Engine, server: Served, config: ServeConfig) -> int:
-    """Steps in a second while every stream is open and decoded."""
-    ends = time.monotonic() + 120
-    while len(server.server.server_state.connections) < config.idle and time.monotonic() < ends:
-        time.sleep(0.05)
-    while engine.has_work and time.monotonic() < ends:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    before = engine.steps
-    time.sleep(1.0)
-    return engine.steps - before
+    """Steps in a second while every stream is open and decoded, and nobody reads."""
+    asked = request_bytes(CHAT, {**_body("Hi", config, True), "max_tokens": 4})
+    with ExitStack() as streams:
+        for _ in range(config.idle):
+            streams.enter_context(socket.create_connection(("127.0.0.1", server.port))).sendall(asked)
+        ends = time.monotonic() + 60
+        while server.server.server_state.total_requests < config.idle:
+            if time.monotonic() > ends:
+                raise WrongPath("not all of the streams were answered")
+            time.sleep(0.02)
+        before = engine.steps
+        time.sleep(1.0)
+        return engine.steps - before
