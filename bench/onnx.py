@@ -259,31 +259,35 @@ def _largest(left: Sequence[float], right: Sequence[float]) -> float:
 # Loading, and what a sidecar does to a decoding engine.
 
 _CHILD = """
-import sys, resource, time
+import sys, time
 import onnxruntime, torch, transformers
 from stockade.export.onnx_detector import OnnxDetector
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kib(name):  # of this program: what getrusage tells begins with the parent's
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+before = kib("VmRSS")
 began = time.perf_counter()
 detector = OnnxDetector(sys.argv[1])
 took = time.perf_counter() - began
-loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = kib("VmHWM")
 detector.score([list(range(3, 131))], [0])
-print(took, loaded - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(took, loaded - before, kib("VmHWM") - before)
 """
 
 
 def _loading(name: str, folder: Path) -> dict[str, Any]:
-    """In a process of its own; memory over what its imports need."""
+    """In a process of its own, on Linux; memory over what its imports need."""
     done = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], capture_output=True, text=True, check=True)
     took, loaded, run = (float(value) for value in done.stdout.split())
-    unit = 1024 if sys.platform != "darwin" else 1
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {
         "folder": name,
         "MB": round(size / 1e6),
         "seconds to load": round(took, 2),
-        "peak of loading / file": round(loaded * unit / size, 2),
-        "peak after 128 tokens / file": round(run * unit / size, 2),
+        "peak of loading / file": round(loaded * 1024 / size, 2),
+        "peak after 128 tokens / file": round(run * 1024 / size, 2),
     }
 
 
