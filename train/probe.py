@@ -39,8 +39,8 @@ TRAIN_TOKENS = 256  # of a training text; validation and test texts are whole, a
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # L2, on standardized features; strongest first
 HELPFUL_WEIGHT = 6.0  # of a helpful answer in the fit, a refusing or harmful one counts 1
 HELPFUL_FLAGGED = 0.0125  # share of helpful answers that the threshold flags
-# Share of harmless answers of which the prefix threshold flags a beginning. What is held back is shown a moment later;
-# what was shown cannot be taken back.
+# Share of harmless answers of which the prefix threshold flags a beginning. What is held back is shown a moment
+# later; what was shown cannot be taken back.
 BEGINNING_FLAGGED = 0.1
 OWN_TOKENS = 96  # of an answer that the model itself gives
 TIE = 0.001  # of AUROC: within it the lowest layer wins, since the detector runs no further than that
