@@ -11,7 +11,6 @@ import torch
 
 from ..engine.answers import PATIENT
 from ..engine.engine import Engine
-from ..engine.models.loader import ModelSet
 from .estimates import Estimate
 from .overhead_report import Key, OverheadConfig, OverheadReport, figures
 from .rewrites import RewriteConfig, run_rewrites
@@ -62,14 +61,15 @@ def run_overhead(
     questions = Questions(
         model.codec.tokenizer, config.prompt_tokens, model.backbone.vision is not None, Random(config.seed)
     )
-    variants = engine_variants(models, config.lengths, config.variants)
-    variants.append(detector_alone(models, lambda: questions.text(config.lengths.answer)))
+    variants = engine_variants(config.lengths, config.variants)
+    variants.append(detector_alone(lambda: questions.text(config.lengths.answer)))
+    engines = [Engine(models=models) for variant in variants if variant.path == PATHS[0]]
     own = model.backbone.decoder.dtype
     mllm, detoxifier = sources.speakers(own, models.device)
     variants += published_variants(mllm, sources.scores(own, models.device), detoxifier, config.lengths)
-    runs = _latencies(config, variants, questions, told)
-    lost = _saturation(models, config, replace(questions, eyes=False), told)
-    engine = Engine(models=models)
+    runs = _latencies(config, variants, engines, questions, told)
+    lost = _saturation(config, engines, replace(questions, eyes=False), told)
+    engine = engines[0]
     rewrites = run_rewrites(engine, RewriteConfig(config.lengths.mended, repeats=config.rewrites, seed=config.seed))
     return OverheadReport(
         config=config,
@@ -82,9 +82,17 @@ def run_overhead(
 
 
 def _latencies(
-    config: OverheadConfig, variants: Sequence[Variant], questions: Questions, told: Told | None
+    config: OverheadConfig,
+    variants: Sequence[Variant],
+    engines: list[Engine],
+    questions: Questions,
+    told: Told | None,
 ) -> dict[Key, dict[int, Run]]:
-    """Every variant's runs by repeat: the same repeat is the same question, with a picture of its own for each."""
+    """Every variant's runs by repeat: the same repeat is the same question, with a picture of its own for each.
+
+    Which engine runs which guard is drawn anew every time: where the pages of one happen to lie in memory makes a
+    step of it 1 % faster or slower than another's.
+    """
     runs: dict[Key, dict[int, Run]] = {(v.name, v.path): {} for v in variants}
     random = questions.random
     for repeat in range(-1, config.repeats):  # the first one warms up
@@ -94,7 +102,11 @@ def _latencies(
             if _is_due(config, variant, repeat):
                 blocks.setdefault((is_published(variant), variant.path), []).append(variant)
         for block in random.sample(sorted(blocks), len(blocks)):
-            begun = {(v.name, v.path): v.begin([questions.ask(text)]) for v in blocks[block]}
+            drawn = random.sample(engines, len(engines))
+            begun = {
+                (v.name, v.path): v.begin(engine, [questions.ask(text)])
+                for v, engine in zip(blocks[block], drawn, strict=False)
+            }
             for key, run in together(begun, random).items():
                 if repeat >= 0:
                     runs[key][repeat] = run
@@ -113,17 +125,21 @@ def _is_due(config: OverheadConfig, variant: Variant, repeat: int) -> bool:
 
 
 def _saturation(
-    models: ModelSet, config: OverheadConfig, questions: Questions, told: Told | None
+    config: OverheadConfig, engines: list[Engine], questions: Questions, told: Told | None
 ) -> dict[str, Estimate]:
     """Lost throughput of each guard on the harmless path: 1 - requests per second with it / without it, in pairs."""
     lengths = replace(config.lengths, answer=config.saturation_tokens)
     names = tuple(name for name in config.variants if not name.endswith(AS_PUBLISHED))
-    variants = [v for v in engine_variants(models, lengths, names) if v.path == PATHS[0]]
+    variants = [v for v in engine_variants(lengths, names) if v.path == PATHS[0]]
     lost: dict[str, list[float]] = {}
     for pair in range(-1, config.saturation_pairs):  # the first one touches the pages that all will use
         texts = [questions.text() for _ in range(config.concurrent)]
         due = [v for v in variants if v.name in ("off", *SATURATED) or pair < FEW_PAIRS]
-        begun = {v.name: v.begin([questions.ask(text) for text in texts]) for v in due}
+        drawn = questions.random.sample(engines, len(engines))
+        begun = {
+            v.name: v.begin(engine, [questions.ask(text) for text in texts])
+            for v, engine in zip(due, drawn, strict=False)
+        }
         runs = together(begun, questions.random)
         for name, run in runs.items():
             if pair >= 0 and name != "off":

@@ -58,12 +58,13 @@ class UnderWay(Protocol):
 
 
 class Variant(NamedTuple):
-    """A way to answer. baseline: the unguarded variant it is compared with. begin: starts on some questions."""
+    """A way to answer. baseline: the unguarded variant it is compared with. begin: starts on some questions, on the
+    given engine where it is this project's own."""
 
     name: str
     baseline: str
     path: str
-    begin: Callable[[list[Asked]], UnderWay]
+    begin: Callable[[Engine, list[Asked]], UnderWay]
 
 
 @dataclass

@@ -156,8 +156,8 @@ def wanted_outcome(guard: Guard | None, path: str) -> Outcome:
     return Outcome.REFUSED if guard.recheck else Outcome.MENDED
 
 
-def engine_variants(models: ModelSet, lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
-    """The guards of these names, and the unguarded replies that they are compared with, each on an engine of its own.
+def engine_variants(lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+    """The guards of these names, and the unguarded replies that they are compared with.
 
     Raises `BadInput` for a name that is none.
     """
@@ -166,10 +166,9 @@ def engine_variants(models: ModelSet, lengths: Lengths, names: tuple[str, ...]) 
     if unknown := [name for name in names if name not in guards]:
         raise BadInput(f"no guard {unknown[0]!r} to measure; there are {', '.join(guards)}")
     offs = tuple(dict.fromkeys(("off", *(_baseline(name) for name in names))))
-    engines = {name: Engine(models=models) for name in (*offs, *names)}
     return [
-        *(_variant(engines[name], lengths, name, PATHS[0], known[PATHS[0]][name]) for name in offs),
-        *(_variant(engines[name], lengths, name, path, known[path][name]) for name in names for path in PATHS),
+        *(_variant(lengths, name, PATHS[0], known[PATHS[0]][name]) for name in offs),
+        *(_variant(lengths, name, path, known[path][name]) for name in names for path in PATHS),
     ]
 
 
@@ -177,7 +176,7 @@ def _baseline(name: str) -> str:
     return "off" + AS_PUBLISHED if name.endswith(AS_PUBLISHED) else "off"
 
 
-def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guard | None) -> Variant:
+def _variant(lengths: Lengths, name: str, path: str, guard: Guard | None) -> Variant:
     wanted = wanted_outcome(guard, path)
     sampling = SamplingParams(max_tokens=lengths.answer, ignore_eos=True)
 
@@ -186,7 +185,7 @@ def _variant(engine: Engine, lengths: Lengths, name: str, path: str, guard: Guar
         if reply.passes[0].cached_tokens:
             raise WrongPath("a measured answer began with tokens from the cache")
 
-    def begin(asked: list[Asked]) -> Answering:
+    def begin(engine: Engine, asked: list[Asked]) -> Answering:
         return Answering.begin(engine, [item.messages for item in asked], guard, sampling, check)
 
     return Variant(name, _baseline(name), path, begin)
@@ -205,16 +204,15 @@ class _ScoreOnly:
         return Decision(Answer(""), Outcome.UNGUARDED)
 
 
-def detector_alone(models: ModelSet, text: Callable[[], str]) -> Variant:
+def detector_alone(text: Callable[[], str]) -> Variant:
     """One prefill of a text, as long as an answer, by the detector that has weights of its own. text: gives one."""
-    engine = Engine(models=models)
 
     def check(reply: Reply) -> None:
         (only,) = reply.passes
         if only.error or only.cached_tokens:
             raise WrongPath(f"the detector alone failed ({only.error}) or began with tokens from the cache")
 
-    def begin(asked: list[Asked]) -> Answering:
+    def begin(engine: Engine, asked: list[Asked]) -> Answering:
         return Answering.begin(engine, ["?"], _ScoreOnly("detector", text()), None, check)
 
     return Variant(DETECTOR_ALONE, DETECTOR_ALONE, PATHS[0], begin)
@@ -260,5 +258,5 @@ def published_variants(mllm: Speaker, detector: Scores, detoxifier: Speaker, len
     return [Variant(TRANSFORMERS, TRANSFORMERS, PATHS[0], _whole(off)), *protectors, *ecsos]
 
 
-def _whole(one: Callable[[Asked], Run]) -> Callable[[list[Asked]], Whole]:
-    return lambda asked: Whole(lambda: one(asked[0]))
+def _whole(one: Callable[[Asked], Run]) -> Callable[[Engine, list[Asked]], Whole]:
+    return lambda _, asked: Whole(lambda: one(asked[0]))

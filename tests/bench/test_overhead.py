@@ -33,6 +33,7 @@ from stockade.bench.variants import (
     wanted_outcome,
 )
 from stockade.bench.workload import Asked, picture, question, sources
+from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.request import Outcome
@@ -93,14 +94,17 @@ def test_the_engine_does_the_published_passes() -> None:
         models = bench_models(weights, torch.float32)
         mllm, detoxifier = weights.speakers(torch.float32, models.device)
         scores = weights.scores(torch.float32, models.device)
-        ours = engine_variants(models, LENGTHS, ("protector-as-published", "ecso-as-published"))
+        engine = Engine(models=models)
+        ours = engine_variants(LENGTHS, ("protector-as-published", "ecso-as-published"))
         theirs = published_variants(mllm, scores, detoxifier, LENGTHS)
         asked = Asked("A question.", [picture(Random(1))])
         for variant in ours:
             if variant.name.startswith("off"):
                 continue
             other = next(v for v in theirs if (v.name, v.path) == (counterpart(variant.name), variant.path))
-            runs = together({"ours": variant.begin([asked]), "theirs": other.begin([asked])}, Random(0))
+            runs = together(
+                {"ours": variant.begin(engine, [asked]), "theirs": other.begin(engine, [asked])}, Random(0)
+            )
             mine, published = runs["ours"], runs["theirs"]
             assert mine.passes == published.passes
             assert mine.new_tokens == published.new_tokens
@@ -117,13 +121,15 @@ def test_a_clock_stands_still_while_others_step() -> None:
             self.done = self.steps == 4
 
     with sources("tiny-llama") as weights:
-        variants = engine_variants(bench_models(weights, torch.float32), LENGTHS, ("protector-separate",))
-        off, harmless, harmful = variants
-        begun = {v.path: v.begin([Asked("A question.", [])]) for v in (off, harmful)}
+        models = bench_models(weights, torch.float32)
+        off, harmless, harmful = engine_variants(LENGTHS, ("protector-separate",))
+        begun = {v.path: v.begin(Engine(models=models), [Asked("A question.", [])]) for v in (off, harmful)}
         began = perf_counter()
         runs = together({**begun, "slow": Slow()}, Random(0))
         wall = perf_counter() - began
-        runs["screened"] = together({"": harmless.begin([Asked("A question.", [])])}, Random(0))[""]
+        runs["screened"] = together(
+            {"": harmless.begin(Engine(models=models), [Asked("A question.", [])])}, Random(0)
+        )[""]
     plain, mended, screened = runs["harmless"], runs["harmful"], runs["screened"]
     assert plain.seconds + mended.seconds < wall - 0.15
     assert plain.passes == ("answer",) and len(plain.steps) >= LENGTHS.answer - 2
@@ -137,7 +143,7 @@ def test_a_clock_stands_still_while_others_step() -> None:
 
 def test_added_latency_is_a_difference_of_pairs() -> None:
     def variant(name: str, baseline: str, path: str = "harmless") -> Variant:
-        return Variant(name, baseline, path, lambda asked: Whole(lambda: Run(0.0, (), 0, 0)))
+        return Variant(name, baseline, path, lambda engine, asked: Whole(lambda: Run(0.0, (), 0, 0)))
 
     def runs(**seconds: float) -> dict[int, Run]:
         return {
