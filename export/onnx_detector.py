@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Condition, Thread
 
-from ..engine.errors import Aborted, BadInput, CheckpointMissing, DetectorClosed, PassError, TooLong
+from ..engine.errors import Aborted, BadInput, DetectorClosed, PassError, TooLong
 from ..engine.models.heads import HeadSpec
 from ..engine.text import Codec
 from .detector_folder import DetectorFolder, load_folder
@@ -81,14 +81,9 @@ class OnnxDetector:
     @cached_property
     def codec(self) -> Codec:
         """Raises `CheckpointMissing` where the folder's tokenizer does not load."""
-        from transformers import AutoTokenizer
+        from ..engine.models.loader import load_tokenizer  # with `transformers`, which scoring tokens does not need
 
-        try:
-            return Codec(
-                AutoTokenizer.from_pretrained(self.folder.path, local_files_only=True, trust_remote_code=False)
-            )
-        except Exception as error:  # tokenizer classes fail each in its own way
-            raise CheckpointMissing(f"{self.folder.path} has no usable tokenizer: {error}") from error
+        return Codec(load_tokenizer(self.folder.path))
 
     def open(self) -> Reading:
         """A new text. Raises `DetectorClosed`."""

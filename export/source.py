@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..engine.errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
+from ..engine.errors import CheckpointMismatch
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
 from ..engine.models.decoder import Decoder, DecoderConfig
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, load_head
-from ..engine.models.loader import BUNDLES, SMOL_DETECTOR
+from ..engine.models.loader import BUNDLES, SMOL_DETECTOR, load_tokenizer
 from ..engine.models.shapes import NAMED_SHAPES, byte_tokenizer, named_config, random_tensor
 from ..engine.models.weight_files import TensorSource
 
@@ -125,7 +125,7 @@ def _open(name: str, path: str, base: str | None) -> OpenDetector:
     folder = smol_folder() if path in BUNDLES else Path(path)
     checkpoint = open_checkpoint(folder, base)
     text = DecoderConfig.from_pretrained(checkpoint.config.get_text_config())
-    tokenizer = _tokenizer(checkpoint.tokenizer_path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if _SCORE in checkpoint.shapes:
         _check_labels(name, checkpoint.config)
     return OpenDetector(name, text, _classifier(text), None, tokenizer, checkpoint.source)
@@ -169,18 +169,6 @@ def _check(name: str, source: TensorSource, slots: list[tuple[str, tuple[int, ..
             raise CheckpointMismatch(f"{name} lacks {slot}")
         if tuple(shapes[slot]) != shape:
             raise CheckpointMismatch(f"{name}: {slot} is {tuple(shapes[slot])}, not {shape}")
-
-
-def _tokenizer(source: Path) -> Any:
-    gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
-    folder = source.parent if gguf else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
-    except Exception as error:  # tokenizer classes fail each in its own way
-        raise CheckpointMissing(f"{source} has no usable tokenizer: {error}") from error
-    if not tokenizer.is_fast:
-        raise UnknownArchitecture(f"{source} has a slow tokenizer only; add its tokenizer.json")
-    return tokenizer
 
 
 class _Random:

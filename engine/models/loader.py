@@ -333,8 +333,8 @@ def _classifier_head(decoder: Decoder, weight: Tensor) -> Head:
     return Head(spec, weight, norm_weight=decoder.norm, norm_eps=decoder.config.norm_eps)
 
 
-def _codec(checkpoint: Checkpoint) -> Codec:
-    source = checkpoint.tokenizer_path
+def load_tokenizer(source: Path) -> Any:
+    """The fast tokenizer of a folder or a GGUF file. Raises `CheckpointMissing` or `UnknownArchitecture`."""
     gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     folder = source.parent if gguf else source
     try:
@@ -343,6 +343,13 @@ def _codec(checkpoint: Checkpoint) -> Codec:
         raise CheckpointMissing(f"{source} has no usable tokenizer: {error}") from error
     if not tokenizer.is_fast:
         raise UnknownArchitecture(f"{source} has a slow tokenizer only; add its tokenizer.json")
+    return tokenizer
+
+
+def _codec(checkpoint: Checkpoint) -> Codec:
+    source = checkpoint.tokenizer_path
+    tokenizer = load_tokenizer(source)
+    folder = source.parent if source.suffix == ".gguf" else source
     image_id = _image_token_id(checkpoint.config)
     return Codec(
         tokenizer,
