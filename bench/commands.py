@@ -13,7 +13,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     import torch
 
-    from .machine import Machine
+    from .document import Session
     from .workload import Sources
 
 app = typer.Typer(
@@ -165,7 +165,7 @@ def roofline(
 
     known, torch_dtype = None if measured is None else read_measured(measured), _dtype(dtype)
     assert torch_dtype is not None
-    machine = begin(Console(stderr=True, highlight=False))
+    session = begin(Console(stderr=True, highlight=False))
     lengths: dict[str, Any] = {"question": prompt_tokens, "answer": answer_tokens, "chunk": chunk, "batch": batch}
     reached: dict[str, Any] = {"memory_efficiency": memory_efficiency, "compute_efficiency": compute_efficiency}
     here = setup_of(model, detector, torch_dtype.itemsize)
@@ -177,7 +177,7 @@ def roofline(
         "llava-1.5-7b bf16 on an H200": predict(replace(there, **lengths), replace(h200(), **reached)),
     }
     report = RooflineReport(predictions, known or {})
-    emit(report.table(), report.to_dict(), machine, json)
+    emit(report.table(), report.to_dict(), session, json)
 
 
 @app.command()
@@ -241,10 +241,10 @@ def _soak(requests: int, seed: int, json: Path | None) -> None:
     from .soak import SoakConfig, run_soak
 
     console = Console(stderr=True, highlight=False)
-    machine: Machine = begin(console)
+    session: Session = begin(console)
     with TemporaryDirectory() as folder, _progress(console) as told:
         report = run_soak(SoakConfig(requests, seed=seed), told, Path(folder))
-    emit(report.table(), report.to_dict(), machine, json)
+    emit(report.table(), report.to_dict(), session, json)
     if report.complaints:
         raise typer.Exit(1)
 
@@ -260,10 +260,10 @@ def _measure(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console(stderr=True, highlight=False)
-    machine: Machine = begin(console)
+    session: Session = begin(console)
     with sources(model, detector, detoxifier) as weights, _progress(console) as told:
         report = run(weights, told)
-    emit(report.table(), report.to_dict(), machine, json)
+    emit(report.table(), report.to_dict(), session, json)
 
 
 @contextmanager

@@ -66,13 +66,17 @@ class OnnxConfig:
 class OnnxReport:
     """seconds: median of a forward pass by (batch, length) and variant; ratios: median of the same rounds' ratios."""
 
+    config: OnnxConfig
     seconds: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, Any] = field(default_factory=dict)
     loading: list[dict[str, Any]] = field(default_factory=list)
     sidecar: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"bench": "onnx", **asdict(self)}
+        known = asdict(self)
+        data = self.config.data
+        known["config"]["data"] = None if data is None else str(data)
+        return {"benchmark": "onnx", **known}
 
     def table(self) -> RenderableType:
         return Group(
@@ -85,7 +89,7 @@ class OnnxReport:
 
 def run_onnx(config: OnnxConfig, told: Told) -> OnnxReport:
     """Export a model's detector in every precision and measure. Raises as exporting and reading the data do."""
-    report = OnnxReport()
+    report = OnnxReport(config)
     with TemporaryDirectory() as work:
         texts = () if config.data is None else validation_texts(config.data, config.calibration_texts)
         folders: dict[str, Path] = {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import numpy as np
 from rich.console import Console, RenderableType
 
 from ..engine.errors import StockadeError
-from .machine import Machine, this_machine
+from .document import Document, Session
 
 
 class WrongPath(StockadeError):
@@ -46,19 +44,34 @@ class Spread(NamedTuple):
         return f"{self.median:,.1f} ({self.p10:,.1f}-{self.p90:,.1f})"
 
 
-def begin(console: Console) -> Machine:
-    """The machine as it is before anything is measured; warns when it is busy."""
-    machine = this_machine()
-    if machine.warning:
-        console.print(f"warning: {machine.warning}", style="bold yellow")
-    return machine
+def begin(console: Console) -> Session:
+    """A measurement begins; warns when others use the machine."""
+    session = Session.begin()
+    _warn(console, session.warnings)
+    return session
 
 
-def emit(table: RenderableType, document: dict[str, Any], machine: Machine, file: Path | None = None) -> None:
-    """Print the table and, as the last line of stdout, the document with the machine; write it to `file` too."""
-    whole = {**document, "machine": {**asdict(machine), "warning": machine.warning}}
+def emit(table: RenderableType, body: dict[str, Any], session: Session, file: Path | None = None) -> None:
+    """Print the table and, as the last line of stdout, the document; write that to `file` too.
+
+    body: what a report tells of itself: `benchmark` becomes the document's kind; `model`, `dtype` and `config` its
+    settings; `rows`, where it has them, its rows; all else stands beside these.
+    """
+    rest = dict(body)
+    kind, rows = rest.pop("benchmark"), rest.pop("rows", [])
+    settings = {name: rest.pop(name) for name in ("model", "dtype") if name in rest} | rest.pop("config", {})
+    show(table, session.document(kind, settings, rows, seed=settings.get("seed"), more=rest), file)
+
+
+def show(table: RenderableType, document: Document, file: Path | None = None) -> None:
+    """Print the table, what is wrong with it and, as the last line of stdout, the document; write that to `file`."""
     Console(highlight=False).print(table)
-    text = json.dumps(whole, allow_nan=False)
+    _warn(Console(stderr=True, highlight=False), document.warnings)
     if file is not None:
-        file.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        document.write(file)
+    print(document.to_json())
+
+
+def _warn(console: Console, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="bold yellow")

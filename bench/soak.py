@@ -82,6 +82,7 @@ class SoakReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "benchmark": "soak",
             "requests": self.config.requests,
             "seconds": round(self.seconds, 1),
             "endings": dict(self.endings),
