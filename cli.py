@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,18 +14,13 @@ from rich.text import Text
 from . import __version__
 from .bench.commands import app as bench_app
 from .engine.errors import BadInput, InvalidGuard, StockadeError
+from .engine.named import GUARDS, EngineNames, guard_named, release_named
 from .export.commands import app as export_app
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .engine.engine import Engine
-    from .engine.guards import Guard
-    from .engine.models.loader import Source
-    from .engine.passes import ReleaseMode
-
-GUARDS = ("off", "protector", "probe", "ecso")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 ModelOption = Annotated[
     str,
@@ -90,36 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def guard_named(name: str, threshold: float | None = None, published: bool = False) -> Guard:
-    """The guard of that name. Raises `InvalidGuard` for another name, or a threshold for `off`."""
-    from .engine.guards import Guard
-
-    match name:
-        case "off" if threshold is None and not published:
-            return Guard.off()
-        case "off":
-            raise InvalidGuard("the guard off has no threshold and no published form")
-        case "protector":
-            return Guard.protector(threshold=threshold, published=published)
-        case "probe" if not published:
-            return Guard.probe(threshold=threshold)
-        case "probe":
-            raise InvalidGuard("the guard probe has no published form")
-        case "ecso":
-            return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
-    raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
-
-
-def release_named(name: str) -> ReleaseMode:
-    """Raises `BadInput` for another name."""
-    from .engine.passes import ReleaseMode
-
-    for mode in get_args(ReleaseMode):
-        if mode == name:
-            return mode
-    raise BadInput(f"release must be one of {', '.join(get_args(ReleaseMode))}, not {name!r}")
 
 
 @app.callback(invoke_without_command=True)
@@ -530,36 +495,5 @@ def _engine(
     dtype: str | None,
 ) -> Engine:
     """Load an engine, and say so where somebody is looking. Raises `BadInput` and what `Engine` raises."""
-    if dtype is not None and dtype not in DTYPES:
-        raise BadInput(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     with console.status(f"loading {model} …"):
-        import torch
-
-        from .engine.engine import Engine
-
-        return Engine(
-            model,
-            None if detector is None else _source(detector),
-            None if detoxifier is None else _source(detoxifier),
-            device=None if device is None else _device(device),
-            dtype=None if dtype is None else getattr(torch, DTYPES[dtype]),
-        )
-
-
-def _source(text: str) -> Source:
-    """ADAPTER,BASE as a pair; attach:ADAPTER on the model's own weights."""
-    from .engine.models.loader import Attached
-
-    if text.startswith("attach:") and not Path(text).exists():
-        return Attached(text.removeprefix("attach:"))
-    adapter, comma, base = text.partition(",")
-    return (adapter, base) if comma and not Path(text).exists() else text
-
-
-def _device(text: str) -> str:
-    import torch
-
-    if text == "cpu" or (text.startswith("cuda") and torch.cuda.is_available()):
-        return text
-    there = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device here"
-    raise BadInput(f"cannot use the device {text!r}; there is {there}")
+        return EngineNames(model, detector, detoxifier, device, dtype).engine()

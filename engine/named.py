@@ -1,0 +1,98 @@
+"""Guards, weights and engines by the names that a command line or a configuration file gives them.
+
+What takes seconds to import is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from .errors import BadInput, InvalidGuard
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .guards import Guard
+    from .models.loader import Source
+    from .outside import OutsideDetector
+    from .passes import ReleaseMode
+
+GUARDS = ("off", "protector", "probe", "ecso")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class EngineNames:
+    """What an engine is made of; see `stockade serve --help` for the names."""
+
+    model: str = "smol"
+    detector: str | None = None
+    detoxifier: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    def engine(self, outside: OutsideDetector | None = None) -> Engine:
+        """Load it. outside: a detector in place of the named one. Raises `BadInput` and what `Engine` raises."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise BadInput(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        import torch
+
+        from .engine import Engine
+
+        return Engine(
+            self.model,
+            outside or (None if self.detector is None else source_named(self.detector)),
+            None if self.detoxifier is None else source_named(self.detoxifier),
+            device=None if self.device is None else _device(self.device),
+            dtype=None if self.dtype is None else getattr(torch, DTYPES[self.dtype]),
+        )
+
+
+def guard_named(name: str, threshold: float | None = None, published: bool = False) -> Guard:
+    """The guard of that name. Raises `InvalidGuard` for another name, or a threshold for `off`."""
+    from .guards import Guard
+
+    match name:
+        case "off" if threshold is None and not published:
+            return Guard.off()
+        case "off":
+            raise InvalidGuard("the guard off has no threshold and no published form")
+        case "protector":
+            return Guard.protector(threshold=threshold, published=published)
+        case "probe" if not published:
+            return Guard.probe(threshold=threshold)
+        case "probe":
+            raise InvalidGuard("the guard probe has no published form")
+        case "ecso":
+            return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
+    raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
+
+
+def release_named(name: str) -> ReleaseMode:
+    """Raises `BadInput` for another name."""
+    from .passes import ReleaseMode
+
+    for mode in get_args(ReleaseMode):
+        if mode == name:
+            return mode
+    raise BadInput(f"release must be one of {', '.join(get_args(ReleaseMode))}, not {name!r}")
+
+
+def source_named(text: str) -> Source:
+    """What loads under that name: ADAPTER,BASE as a pair; attach:ADAPTER on the model's own weights."""
+    from .models.loader import Attached
+
+    if text.startswith("attach:") and not Path(text).exists():
+        return Attached(text.removeprefix("attach:"))
+    adapter, comma, base = text.partition(",")
+    return (adapter, base) if comma and not Path(text).exists() else text
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if text == "cpu" or (text.startswith("cuda") and torch.cuda.is_available()):
+        return text
+    there = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device here"
+    raise BadInput(f"cannot use the device {text!r}; there is {there}")
