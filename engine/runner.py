@@ -215,7 +215,8 @@ def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) ->
         cache = group.layers[layer]
         write_kv(cache, group.write_rows, rows[:, config.heads :])
         spans = group.spans(config.windows[layer])
-        outs.append(paged_attention(rows[:, : config.heads], cache, spans, config.head_dim**-0.5))
+        scale, cap = config.attention_scale, config.attention_cap
+        outs.append(paged_attention(rows[:, : config.heads], cache, spans, scale, cap))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

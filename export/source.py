@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..engine.errors import CheckpointMismatch
+from ..engine.errors import CheckpointMismatch, UnknownArchitecture
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
 from ..engine.models.decoder import Decoder, DecoderConfig
@@ -27,6 +27,7 @@ DetectorSource: TypeAlias = str | Path | tuple[str | Path, str | Path]
 """A classifier's folder or GGUF file, a bundle, a named shape (random weights), (PEFT adapter, its base), or
 (head file, the model it was fitted on)."""
 
+EXPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _SCORE, _NORM = "score.weight", "model.norm.weight"
 
 
@@ -125,6 +126,10 @@ def _open(name: str, path: str, base: str | None) -> OpenDetector:
     folder = smol_folder() if path in BUNDLES else Path(path)
     checkpoint = open_checkpoint(folder, base)
     text = DecoderConfig.from_pretrained(checkpoint.config.get_text_config())
+    if not text.like_llama or text.embedding_scale != 1.0 or text.fused_maps:
+        raise UnknownArchitecture(
+            f"{name} is a {text.family} model, which is not exported; exported are {', '.join(EXPORTED)}"
+        )
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if _SCORE in checkpoint.shapes:
         _check_labels(name, checkpoint.config)

@@ -53,7 +53,7 @@ class Linear:
 
     def after_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """The map of x's RMS norm."""
-        if self._native is not None and self.matrix is not None:
+        if self._native is not None and self.matrix is not None and norm.dtype is x.dtype:
             return self._native.linear(x, self.matrix, norm, eps)
         return self(rms_norm(x, norm, eps))
 

@@ -63,15 +63,22 @@ def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor) -> None:
     cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
 
 
-def paged_attention(q: Tensor, cache: LayerKV, spans: Sequence[Span], scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor, cache: LayerKV, spans: Sequence[Span], scale: float, cap: float | None = None
+) -> Tensor:
     """Causal attention of each span's queries over its own runs.
 
     q: [tokens, heads, head_dim], in the order of `spans`, which cover all rows once. Query heads are grouped:
-    head h reads key head h // (heads / kv_heads). Returns [tokens, heads * head_dim].
+    head h reads key head h // (heads / kv_heads). cap: scores s become cap * tanh(s / cap) before the mask
+    (Gemma 2, arXiv 2408.00118); torch's flash kernels have none, so they are then computed as a matrix in fp32.
+    Returns [tokens, heads * head_dim].
     """
     kv_heads = cache.keys.shape[1]
     outs = []
     for span in spans:
+        if cap is not None:
+            outs.append(_capped(q, cache, span, scale, cap))
+            continue
         if isinstance(span, DecodeGroup):
             outs.append(_decode_group(q, cache, span, scale, kv_heads))
             continue
@@ -130,11 +137,7 @@ def _attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> t
 
 
 def _prefill(q: Tensor, cache: LayerKV, span: SequenceSpan, scale: float) -> Tensor:
-    pieces = [(cache.keys.narrow(2, row, n), cache.values.narrow(2, row, n)) for row, n in span.runs]
-    if len(pieces) == 1:
-        keys, values = pieces[0]
-    else:
-        keys, values = (torch.cat(side, 2) for side in zip(*pieces, strict=True))
+    keys, values = _gathered(cache, span.runs)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         keys,
@@ -145,6 +148,38 @@ def _prefill(q: Tensor, cache: LayerKV, span: SequenceSpan, scale: float) -> Ten
         enable_gqa=q.shape[1] != keys.shape[1],
     )
     return out.squeeze(0).transpose(0, 1).reshape(span.length, -1)
+
+
+def _gathered(cache: LayerKV, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values of all runs, [1, kv_heads, tokens, head_dim]; a single run where it lies."""
+    pieces = [(cache.keys.narrow(2, row, n), cache.values.narrow(2, row, n)) for row, n in runs]
+    if len(pieces) == 1:
+        return pieces[0]
+    keys, values = (torch.cat(side, 2) for side in zip(*pieces, strict=True))
+    return keys, values
+
+
+def _capped(q: Tensor, cache: LayerKV, span: Span, scale: float, cap: float) -> Tensor:
+    kv_heads, dim = cache.keys.shape[1], q.shape[-1]
+    if isinstance(span, DecodeGroup):
+        batch, length = span.sequences, 1
+        keys, values = (
+            _every(side, (batch, kv_heads, span.length, dim), span) for side in (cache.keys, cache.values)
+        )
+    else:
+        batch, length = 1, span.length
+        keys, values = _gathered(cache, span.runs)
+    rows = q[span.start : span.start + batch * length]
+    grouped = rows.view(batch, length, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)  # [.., kv_heads, group, length, dim]
+    scores = grouped.float() @ keys.float().unsqueeze(2).transpose(-1, -2) * (scale / cap)
+    scores = scores.tanh_().mul_(cap)  # [batch, kv_heads, group, length, context]
+    if isinstance(span, DecodeGroup):
+        scores = scores if span.mask is None else scores + span.mask.unsqueeze(1)
+    elif length > 1:
+        mask = span.mask if span.mask is not None else torch.ones_like(scores[0, 0, 0], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~mask, float("-inf"))
+    out = scores.softmax(-1) @ values.float().unsqueeze(2)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch * length, -1).to(q.dtype)
 
 
 def causal_mask(count: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -163,11 +198,15 @@ def causal_mask(count: int, context: int, window: int | None, device: torch.devi
     return mask
 
 
-def attention_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:
+def attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None, cap: float | None = None
+) -> Tensor:
     """The same for one sequence in fp64: q [count, heads, dim], keys and values [kv_heads, context, dim]."""
     group = q.shape[1] // keys.shape[0]
     keys, values = (side.double().repeat_interleave(group, 0) for side in (keys, values))
     scores = torch.einsum("qhd,hkd->hqk", q.double(), keys) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     context = keys.shape[1]
     allowed = causal_mask(q.shape[0], context, window, q.device)
     if allowed is None:

@@ -11,10 +11,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -75,6 +79,30 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**BASE, head_dim=24),
     "qwen3-window": lambda: Qwen3Config(
         **BASE, head_dim=16, use_sliding_window=True, sliding_window=20, max_window_layers=1
+    ),
+    "gemma2": lambda: Gemma2Config(
+        **BASE, head_dim=24, query_pre_attn_scalar=20, sliding_window=20, attn_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **BASE,
+        head_dim=24,
+        query_pre_attn_scalar=20,
+        sliding_window=20,
+        sliding_window_pattern=2,
+        final_logit_softcapping=5.0,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "phi3": lambda: Phi3Config(**BASE, sliding_window=30),
+    "granite": lambda: GraniteConfig(
+        **BASE,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.1,
+        logits_scaling=8.0,
+        tie_word_embeddings=True,
     ),
 }
 

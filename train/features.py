@@ -8,16 +8,15 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.chat import Chat
-from ..engine.models.decoder import Decoder
+from ..engine.models.decoder import Decoder, DecoderConfig
 from ..engine.models.heads import IN_CONTEXT
 from ..engine.models.model import Model
 from ..engine.text import Untrusted
 from ..kernels.native import RaggedGroup, RaggedSequence
-from ..kernels.paged_attention import LayerKV, causal_mask
+from ..kernels.paged_attention import LayerKV, SequenceSpan, causal_mask, paged_attention
 
 BATCH_TOKENS = 2048
 FIRST_BEGINNING = 16  # tokens of an answer's shortest beginning ...
@@ -149,7 +148,7 @@ def _layers(decoder: Decoder, lengths: list[int]) -> RunLayers:
     config = decoder.config
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        return _causal(qkv, lengths, config.heads, config.kv_heads, config.windows[layer])
+        return _causal(qkv, lengths, config, config.windows[layer])
 
     def run(first: int, last: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         for layer in range(first, last):
@@ -176,14 +175,14 @@ def _native_layers(decoder: Decoder, lengths: list[int], depth: int) -> RunLayer
     return run
 
 
-def _causal(qkv: Tensor, lengths: list[int], heads: int, kv_heads: int, window: int | None) -> Tensor:
+def _causal(qkv: Tensor, lengths: list[int], config: DecoderConfig, window: int | None) -> Tensor:
     """qkv [tokens, heads + 2 kv_heads, head_dim] of texts of these lengths -> [tokens, heads * head_dim]."""
     outs = []
     for rows in qkv.split(lengths):
-        q, k, v = rows.transpose(0, 1).unsqueeze(0).split((heads, kv_heads, kv_heads), 1)
+        both = rows[:, config.heads :].transpose(0, 1)
+        cache = LayerKV(both, *both.unsqueeze(0).split(config.kv_heads, 1))
         mask = causal_mask(len(rows), len(rows), window, qkv.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
-        )
-        outs.append(out.squeeze(0).transpose(0, 1).reshape(len(rows), -1))
+        spans = [SequenceSpan(0, len(rows), ((0, len(rows)),), mask)]
+        scale, cap = config.attention_scale, config.attention_cap
+        outs.append(paged_attention(rows[:, : config.heads], cache, spans, scale, cap))
     return torch.cat(outs)

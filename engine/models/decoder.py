@@ -1,11 +1,11 @@
-"""The decoder of llama, mistral, qwen2 and qwen3 checkpoints: one file, driven by its configuration.
+"""The decoders of llama, mistral, qwen, gemma, phi and granite checkpoints: one file, driven by its configuration.
 
 It knows weights and layers, not requests: `ModelRunner` calls `embed`, `block` for each layer, and `logits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from ...kernels.linear import Linear
 from ...kernels.lora import ActiveAdapters
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import rope_, rope_angles
-from ...kernels.swiglu import swiglu
+from ...kernels.swiglu import geglu, swiglu
 from ..errors import UnknownArchitecture
 from .bundles import default_cache
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ATTEND = Callable[[int, Tensor], Tensor]
 """(layer, rotated qkv [tokens, heads + 2 kv_heads, head_dim]) -> [tokens, heads * head_dim]."""
@@ -30,7 +30,10 @@ ATTEND = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What the decoder must know of a checkpoint. `windows` has one entry a layer, None = full attention."""
+    """What the decoder must know of a checkpoint.
+
+    windows: one entry a layer, None = full attention. rotary: which of the model's rotary tables each layer uses.
+    """
 
     family: str
     vocab_size: int
@@ -48,7 +51,26 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
+    rotary: tuple[int, ...]
     rope: Any  # the transformers configuration, which knows its rotary parameters
+    attention_scale: float
+    attention_cap: float | None = None  # of the scores, c tanh(score / c), before the mask
+    logit_cap: float | None = None
+    logit_divisor: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    gelu: bool = False  # tanh-approximated, instead of silu
+    unit_norms: bool = False  # a stored norm weight w stands for 1 + w, and meets the row before that is rounded
+    output_norms: bool = False  # attention and MLP are normed after their maps, too
+    fused_maps: bool = False  # checkpoints hold queries, keys and values as one map, gate and up as one
+    images_scaled: bool = False  # embedding_scale is of what images become, too
+
+    @property
+    def like_llama(self) -> bool:
+        """Whether a layer is one of Llama's, but for biases, windows and norms of queries and keys."""
+        plain = not (self.gelu or self.unit_norms or self.output_norms) and self.attention_cap is None
+        scales = (self.attention_scale, self.residual_scale) == (self.head_dim**-0.5, 1.0)
+        return plain and scales and not any(self.rotary)
 
     @classmethod
     def from_pretrained(cls, config: Any) -> DecoderConfig:
@@ -59,16 +81,26 @@ class DecoderConfig:
         family = getattr(config, "model_type", None)
         if family not in FAMILIES:
             raise UnknownArchitecture(f"unknown decoder family {family!r}; known: {', '.join(FAMILIES)}")
-        if config.hidden_act not in ("silu", "swish"):
-            raise UnknownArchitecture(f"unknown activation {config.hidden_act!r}; known: silu")
-        rope_type = rope_parameters(config).get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise UnknownArchitecture(
-                f"rotary scaling {rope_type!r} depends on the length of the text, so its keys cannot be shared; "
-                f"known: {', '.join(ROPE_TYPES)}"
-            )
+        gemma = family in ("gemma2", "gemma3_text")
+        activation = config.hidden_activation if gemma else config.hidden_act
+        known = ("gelu_pytorch_tanh",) if gemma else ("silu", "swish")
+        if activation not in known:
+            raise UnknownArchitecture(f"unknown activation {activation!r}; known: {known[0]}")
+        if getattr(config, "use_bidirectional_attention", None):
+            raise UnknownArchitecture("attention in both directions makes an encoder; known: causal attention")
+        _check_rotary(config)
         heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         bias = bool(getattr(config, "attention_bias", False))
+        own = _gemma(config, family) if gemma else {"attention_scale": head_dim**-0.5}
+        if family == "granite":
+            own = {
+                "attention_scale": float(config.attention_multiplier),
+                "logit_divisor": float(config.logits_scaling),
+                "embedding_scale": float(config.embedding_multiplier),
+                "residual_scale": float(config.residual_multiplier),
+                "images_scaled": config.embedding_multiplier != 1,
+            }
         return cls(
             family=family,
             vocab_size=config.vocab_size,
@@ -76,17 +108,20 @@ class DecoderConfig:
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             ffn_size=config.intermediate_size,
             context=config.max_position_embeddings,
             norm_eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
             qkv_bias=bias or family == "qwen2",
-            o_bias=bias and family in ("llama", "qwen3"),
+            o_bias=bias and family in ("llama", "qwen3", "gemma2", "gemma3_text", "granite"),
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "gemma3_text"),
             windows=_windows(config, family),
+            rotary=_rotary(config),
             rope=config,
+            fused_maps=family == "phi3",
+            **own,
         )
 
 
@@ -111,9 +146,22 @@ class DecoderLayer:
         self.k_norm = empty(dim) if config.qk_norm else None
         self.o = linear(hidden, config.heads * dim, config.o_bias)
         self.post_norm = empty(hidden)
-        self.gate = linear(config.ffn_size, hidden, config.mlp_bias)
-        self.up = linear(config.ffn_size, hidden, config.mlp_bias)
+        self.attention_norm = empty(hidden) if config.output_norms else None  # of what attention adds
+        self.ffn_norm = empty(hidden) if config.output_norms else None  # of what the MLP adds
+        self.gate_up = empty(2 * config.ffn_size, hidden) if config.fused_maps else None  # until it is packed
+        if self.gate_up is not None:
+            self.gate, self.up = (Linear(half) for half in self.gate_up.chunk(2))
+        else:
+            self.gate = linear(config.ffn_size, hidden, config.mlp_bias)
+            self.up = linear(config.ffn_size, hidden, config.mlp_bias)
         self.down = linear(hidden, config.ffn_size, config.mlp_bias)
+
+    def widen_norms(self) -> None:
+        """From stored weights w to 1 + w in fp32."""
+        self.input_norm, self.post_norm = self.input_norm.float() + 1, self.post_norm.float() + 1
+        for name in ("q_norm", "k_norm", "attention_norm", "ffn_norm"):
+            if (weight := getattr(self, name)) is not None:
+                setattr(self, name, weight.float() + 1)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -156,20 +204,29 @@ class Decoder:
             weight = self.embedding if config.tied else torch.empty_like(self.embedding)
             self.head = Linear(weight)
         self.native: native.NativeLayers | None = None
-        self._inv_freq, self._rope_scaling = _inverse_frequencies(config, device)
+        self._rotary = _rotary_tables(config, device)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its checkpoint name, as a view to copy into."""
+        """Every parameter by its checkpoint name, as a view to copy into; valid until `freeze`."""
         yield "model.embed_tokens.weight", self.embedding
         sizes = [n * self.config.head_dim for n in (self.config.heads, self.config.kv_heads, self.config.kv_heads)]
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
             yield prefix + "input_layernorm.weight", layer.input_norm
-            yield prefix + "post_attention_layernorm.weight", layer.post_norm
-            yield from _split(layer.qkv, prefix + "self_attn.", ("q_proj", "k_proj", "v_proj"), sizes)
+            if layer.attention_norm is None or layer.ffn_norm is None:
+                yield prefix + "post_attention_layernorm.weight", layer.post_norm
+            else:
+                yield prefix + "post_attention_layernorm.weight", layer.attention_norm
+                yield prefix + "pre_feedforward_layernorm.weight", layer.post_norm
+                yield prefix + "post_feedforward_layernorm.weight", layer.ffn_norm
+            if layer.gate_up is not None:
+                yield prefix + "self_attn.qkv_proj.weight", layer.qkv.weight
+                yield prefix + "mlp.gate_up_proj.weight", layer.gate_up
+            else:
+                yield from _split(layer.qkv, prefix + "self_attn.", ("q_proj", "k_proj", "v_proj"), sizes)
+                yield from _split(layer.gate, prefix + "mlp.", ("gate_proj",), [self.config.ffn_size])
+                yield from _split(layer.up, prefix + "mlp.", ("up_proj",), [self.config.ffn_size])
             yield from _split(layer.o, prefix + "self_attn.", ("o_proj",), [self.config.hidden_size])
-            yield from _split(layer.gate, prefix + "mlp.", ("gate_proj",), [self.config.ffn_size])
-            yield from _split(layer.up, prefix + "mlp.", ("up_proj",), [self.config.ffn_size])
             yield from _split(layer.down, prefix + "mlp.", ("down_proj",), [self.config.hidden_size])
             if layer.q_norm is not None and layer.k_norm is not None:
                 yield prefix + "self_attn.q_norm.weight", layer.q_norm
@@ -184,6 +241,12 @@ class Decoder:
 
         Where the native kernels work, `native` runs whole layers from then on; `block` goes on working.
         """
+        if self.config.unit_norms:
+            for layer in self.layers:
+                layer.widen_norms()
+            self.norm = None if self.norm is None else self.norm.float() + 1
+        for layer in self.layers:
+            layer.gate_up = None
         linears = [linear for layer in self.layers for linear in layer.linears]
         linears += [] if self.head is None else [self.head]
         library = native.load(default_cache()) if all(native.can_pack(linear.weight) for linear in linears) else None
@@ -198,7 +261,8 @@ class Decoder:
         for linear, part in zip(linears, arena.split(sizes), strict=True):
             linear.pack(library, part)
         config = self.config
-        if config.head_dim % native.INPUTS == 0 and config.head_dim <= native.MAX_HEAD_DIM and self.layers:
+        fits = config.head_dim % native.INPUTS == 0 and config.head_dim <= native.MAX_HEAD_DIM
+        if fits and config.like_llama and self.layers:
             weights = [layer.packed(window) for layer, window in zip(self.layers, config.windows, strict=False)]
             self.native = native.NativeLayers(
                 library, weights, config.heads, config.kv_heads, config.head_dim, config.norm_eps
@@ -206,11 +270,17 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""
-        return self.embedding[tokens]
+        x = self.embedding[tokens]
+        # the scale is rounded to the dtype, as Gemma's was in training
+        return x if self.config.embedding_scale == 1.0 else x.mul_(x.new_tensor(self.config.embedding_scale))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [n] -> (cos, sin) [n, 1, head_dim]."""
-        return rope_angles(positions, self._inv_freq, self._rope_scaling, self.dtype)
+        """positions [n] -> (cos, sin) [n, tables, head_dim], one of each for every rotary table."""
+        tables = [rope_angles(positions, table, scaling, self.dtype) for table, scaling in self._rotary]
+        if len(tables) == 1:
+            return tables[0]
+        cos, sin = zip(*tables, strict=True)
+        return torch.cat(cos, 1), torch.cat(sin, 1)
 
     def block(
         self,
@@ -235,57 +305,116 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             rotated[:, :heads] = rms_norm(rotated[:, :heads], layer.q_norm, config.norm_eps)
             rotated[:, heads:] = rms_norm(rotated[:, heads:], layer.k_norm, config.norm_eps)
-        rope_(rotated, *angles)
+        cos, sin = angles
+        if cos.shape[1] > 1:
+            cos, sin = (side[:, config.rotary[index]].unsqueeze(1) for side in angles)
+        rope_(rotated, cos, sin)
         attended = attend(index, qkv)
         o = layer.o(attended)
         if adapters is not None:
             adapters.add_(index, "o", o, attended)
-        x += o
+        if layer.attention_norm is not None:
+            o = rms_norm(o, layer.attention_norm, config.norm_eps)
+        x.add_(o, alpha=config.residual_scale)
         h = rms_norm(x, layer.post_norm, config.norm_eps)
         gate, up = layer.gate(h), layer.up(h)
         if adapters is not None:
             adapters.add_(index, "gate", gate, h)
             adapters.add_(index, "up", up, h)
-        wide = swiglu(gate, up)
+        wide = geglu(gate, up) if config.gelu else swiglu(gate, up)
         down = layer.down(wide)
         if adapters is not None:
             adapters.add_(index, "down", down, wide)
-        x += down
+        if layer.ffn_norm is not None:
+            down = rms_norm(down, layer.ffn_norm, config.norm_eps)
+        x.add_(down, alpha=config.residual_scale)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """x [n, hidden], the output of the last layer -> [n, vocab] in the model's dtype."""
         assert self.head is not None and self.norm is not None, "this decoder has no output matrix"
-        return self.head.after_norm(x, self.norm, self.config.norm_eps)
+        config = self.config
+        logits = self.head.after_norm(x, self.norm, config.norm_eps)
+        if config.logit_divisor != 1.0:
+            logits = logits / config.logit_divisor
+        if config.logit_cap is not None:
+            logits = torch.tanh(logits / config.logit_cap) * config.logit_cap
+        return logits
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
+    """As `transformers` has them: of all layers, or by the kind of layer where these differ."""
     return getattr(config, "rope_parameters", None) or {}
+
+
+def _by_kind(config: Any) -> Mapping[str | None, dict[str, Any]]:
+    """Rotary parameters by the kind of layer; under None where they are those of all layers."""
+    parameters = rope_parameters(config)
+    if "full_attention" not in parameters:
+        return {None: parameters}
+    return {kind: parameters[kind] for kind in sorted(set(config.layer_types))}
+
+
+def _check_rotary(config: Any) -> None:
+    for parameters in _by_kind(config).values():
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise UnknownArchitecture(
+                f"rotary scaling {rope_type!r} depends on the length of the text, so its keys cannot be shared; "
+                f"known: {', '.join(ROPE_TYPES)}"
+            )
+        if (part := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise UnknownArchitecture(f"rotary embedding on {part} of each head; known: on whole heads")
+
+
+def _rotary(config: Any) -> tuple[int, ...]:
+    kinds = list(_by_kind(config))
+    if kinds == [None]:
+        return (0,) * config.num_hidden_layers
+    return tuple(kinds.index(kind) for kind in config.layer_types)
+
+
+def _rotary_tables(config: DecoderConfig, device: torch.device) -> list[tuple[Tensor, float]]:
+    """For each table its inverse frequencies, fp32 [head_dim / 2], and the factor on cos and sin, as `transformers`
+    computes them for this scaling."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tables = []
+    for kind, parameters in _by_kind(config.rope).items():
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type == "default":
+            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+            tables.append((1.0 / parameters["rope_theta"] ** exponents, 1.0))
+        else:
+            layers = {} if kind is None else {"layer_type": kind}
+            tables.append(ROPE_INIT_FUNCTIONS[rope_type](config.rope, device, **layers))
+    return tables
+
+
+def _gemma(config: Any, family: str) -> dict[str, Any]:
+    """What sets Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) apart from Llama."""
+    return {
+        "attention_scale": config.query_pre_attn_scalar**-0.5,
+        # Gemma 3 has norms of queries and keys in its place; `transformers` does not read it there either
+        "attention_cap": config.attn_logit_softcapping if family == "gemma2" else None,
+        "logit_cap": config.final_logit_softcapping,
+        "embedding_scale": config.hidden_size**0.5,
+        "gelu": True,
+        "unit_norms": True,
+        "output_norms": True,
+    }
 
 
 def _windows(config: Any, family: str) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
-    if family in ("qwen2", "qwen3"):
-        if not getattr(config, "use_sliding_window", False):
-            window = None
-        types = getattr(config, "layer_types", None)
-        if window is not None and types:
-            return tuple(window if kind == "sliding_attention" else None for kind in types)
-    elif family != "mistral":
+    if family in ("qwen2", "qwen3") and not getattr(config, "use_sliding_window", False):
         window = None
+    if family in ("llama", "granite"):
+        window = None
+    types = getattr(config, "layer_types", None) if family not in ("mistral", "phi3") else None
+    if window is not None and types:
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
     return (window,) * config.num_hidden_layers
-
-
-def _inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
-    """fp32 [head_dim / 2] and the factor on cos and sin, as `transformers` computes them for this scaling."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = rope_parameters(config.rope)
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    return ROPE_INIT_FUNCTIONS[kind](config.rope, device)
 
 
 def _split(linear: Linear, prefix: str, names: tuple[str, ...], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:

@@ -46,6 +46,7 @@ ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 LLAVA = "llava"
+TEXT_ONLY = ("gemma3",)  # their text models run, without eyes
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
 
@@ -216,6 +217,10 @@ class _Parts:
             self.slots["score.weight"] = self.score
         self.vision: VisionAdapter | None = None
         if config.model_type == LLAVA:
+            if self.decoder.config.images_scaled:
+                raise UnknownArchitecture(
+                    f"{text.model_type} multiplies the features of images; as text model of {LLAVA} it is not known"
+                )
             processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
             self.vision = VisionAdapter(config, processor, device, dtype)
             self.slots.update(self.vision.slots())
@@ -229,6 +234,9 @@ class _Parts:
         return _Loaded(backbone, codec, self.config, score)
 
 
+_EYES = ("vision_tower.", "multi_modal_projector.")
+
+
 def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> str:
     """Copy a checkpoint's tensors into their slots; returns their content hash.
 
@@ -237,6 +245,8 @@ def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) ->
     shapes = checkpoint.shapes
     if decoder.config.tied:
         shapes.pop("lm_head.weight", None)  # written by some versions although it is the embedding
+    if checkpoint.config.model_type in TEXT_ONLY:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_EYES)}
     missing = sorted(set(slots) - set(shapes))
     extra = sorted(set(shapes) - set(slots))
     wrong = [
@@ -377,11 +387,11 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def _text_config(config: PretrainedConfig) -> Any:
-    if config.model_type == LLAVA:
+    if config.model_type in (LLAVA, *TEXT_ONLY):
         return config.text_config
     if config.model_type not in FAMILIES:
         raise UnknownArchitecture(
-            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, LLAVA))}"
+            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, LLAVA, *TEXT_ONLY))}"
         )
     return config
 

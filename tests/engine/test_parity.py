@@ -43,6 +43,34 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(family: str, checkpo
     assert engine.pool.owned_pages == 0
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "granite"])
+def test_chunks_and_hits_change_no_token(family: str, checkpoint: Callable[[str], Path]) -> None:
+    folder, many = checkpoint(family), prompts()[1:4]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    want = [reference_tokens(model, prompt, 16) for prompt in many]
+    engine = Engine(
+        folder, device="cpu", dtype=torch.float32, kv_bytes=16 << 20, tokens_per_page=16, max_batch_tokens=13
+    )
+    for _ in range(2):
+        replies = engine.generate(many, SamplingParams(max_tokens=16, ignore_eos=True))
+        assert [reply.token_ids for reply in replies] == want
+    assert [reply.passes[0].cached_tokens for reply in replies] == [len(prompt) - 1 for prompt in many]
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "granite"])
+def test_bf16_errs_no_more_than_transformers_in_bf16(family: str, checkpoint: Callable[[str], Path]) -> None:
+    folder, prompt = checkpoint(family), prompts()[3]
+    exact, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.float64, torch.bfloat16)
+    )
+    engine = Engine(folder, device="cpu", dtype=torch.bfloat16, kv_bytes=16 << 20, tokens_per_page=16)
+    with torch.inference_mode():
+        want = exact(torch.tensor([prompt])).logits[0, -1]
+        error = (theirs(torch.tensor([prompt])).logits[0, -1] - want).norm()
+        assert (last_logits(engine, prompt).double() - want).norm() < 1.25 * error
+
+
 def last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     engine.submit_prompt(prompt, SamplingParams(max_tokens=1))
     works = engine.scheduler.schedule(engine.lanes[0])

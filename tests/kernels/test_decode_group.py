@@ -8,11 +8,12 @@ import torch
 from stockade.kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, paged_attention
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 7, 3, 8), (16, 2)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 100), (6, 1, 24)])
 def test_a_group_is_what_its_sequences_are_alone(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+    lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cap: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     step, first = 20, 11
@@ -25,7 +26,7 @@ def test_a_group_is_what_its_sequences_are_alone(
     group = DecodeGroup(1, len(lengths), first, step, longest, mask if beyond.any() else None)
     alone = [SequenceSpan(1 + i, 1, ((first + i * step, n),)) for i, n in enumerate(lengths)]
     before = SequenceSpan(0, 1, ((0, 4),))
-    together = paged_attention(q, cache, [before, group], dim**-0.5)
-    apart = paged_attention(q, cache, [before, *alone], dim**-0.5)
+    together = paged_attention(q, cache, [before, group], dim**-0.5, cap)
+    apart = paged_attention(q, cache, [before, *alone], dim**-0.5, cap)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(together, apart, atol=tolerance, rtol=tolerance)

@@ -68,6 +68,7 @@ def clip(runs: tuple[tuple[int, int], ...], first: int) -> tuple[tuple[int, int]
         max_size=3,
     ),
     window=st.sampled_from([None, 1, 7, 500]),
+    cap=st.sampled_from([None, None, 0.7, 30.0]),
     seed=st.integers(0, 1000),
 )
 def test_fp32_equals_plain_attention(
@@ -75,6 +76,7 @@ def test_fp32_equals_plain_attention(
     dim: int,
     sequences: list[tuple[int, int, list[int]]],
     window: int | None,
+    cap: float | None,
     seed: int,
 ) -> None:
     query_heads, kv_heads = heads
@@ -93,17 +95,18 @@ def test_fp32_equals_plain_attention(
         mask = causal_mask(count, context - first, window, CPU) if count > 1 else None
         spans.append(SequenceSpan(row, count, clip(runs, first), mask))
         keys, values = kv.transpose(0, 1).split(kv_heads)
-        wants.append(attention_reference(q, keys, values, dim**-0.5, window))
+        wants.append(attention_reference(q, keys, values, dim**-0.5, window, cap))
         queries.append(q)
         row += count
-    got = paged_attention(torch.cat(queries), cache, spans, dim**-0.5)
+    got = paged_attention(torch.cat(queries), cache, spans, dim**-0.5, cap)
     torch.testing.assert_close(got.double(), torch.cat(wants), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [[], [17], [1, 30, 2]], ids=["one run", "two runs", "four runs"])
 @pytest.mark.parametrize("count", [1, 2, 64])
 @pytest.mark.parametrize("dim", [64, 100])
-def test_bf16_is_no_worse_than_pytorch(dim: int, count: int, pieces: list[int]) -> None:
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_bf16_is_no_worse_than_pytorch(cap: float | None, dim: int, count: int, pieces: list[int]) -> None:
     context, query_heads, kv_heads = 64, 9, 3
     generator = torch.Generator().manual_seed(dim + count)
     kv = torch.randn(context, 2 * kv_heads, dim, generator=generator).bfloat16()
@@ -112,17 +115,18 @@ def test_bf16_is_no_worse_than_pytorch(dim: int, count: int, pieces: list[int]) 
     runs = cut(context, pieces, 9)
     store(cache, runs, kv)
     mask = causal_mask(count, context, None, CPU) if count > 1 else None
-    got = paged_attention(q, cache, [SequenceSpan(0, count, runs, mask)], dim**-0.5)
+    got = paged_attention(q, cache, [SequenceSpan(0, count, runs, mask)], dim**-0.5, cap)
     keys, values = kv.transpose(0, 1).split(kv_heads)
-    exact = attention_reference(q, keys, values, dim**-0.5)
+    exact = attention_reference(q, keys, values, dim**-0.5, cap=cap)
     allowed = torch.ones(count, context, dtype=torch.bool).tril(context - count)
-    theirs = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        keys.repeat_interleave(3, 0).unsqueeze(0),
-        values.repeat_interleave(3, 0).unsqueeze(0),
-        attn_mask=allowed,
-    )
-    error = (theirs[0].transpose(0, 1).reshape(count, -1) - exact).norm()
+    every_key, every_value = (side.repeat_interleave(3, 0) for side in (keys, values))
+    if cap is None:
+        sides = (side.unsqueeze(0) for side in (q.transpose(0, 1), every_key, every_value))
+        theirs = F.scaled_dot_product_attention(*sides, attn_mask=allowed)[0]
+    else:
+        scores = cap * torch.tanh(q.transpose(0, 1) @ every_key.transpose(-1, -2) * dim**-0.5 / cap)
+        theirs = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ every_value
+    error = (theirs.transpose(0, 1).reshape(count, -1) - exact).norm()
     assert got.dtype is torch.bfloat16
     # one query over several runs is merged from parts that torch's kernel has rounded to bf16 already
     merged = count == 1 and len(runs) > 1

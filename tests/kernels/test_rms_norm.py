@@ -33,6 +33,18 @@ def test_bf16_is_no_worse_than_pytorch(shape: tuple[int, ...]) -> None:
     assert (ours - exact).norm() <= (theirs - exact).norm() * 1.01
 
 
+@pytest.mark.parametrize("shape", [(1, 576), (7, 100)])
+def test_a_weight_in_fp32_meets_the_row_before_it_is_rounded(shape: tuple[int, ...]) -> None:
+    x, _ = inputs(shape, torch.bfloat16)
+    weight = 1 + torch.randn(shape[-1], generator=torch.Generator().manual_seed(1)) * 0.01
+    exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+    for norm in (rms_norm, rms_norm_reference):
+        ours = norm(x, weight, 1e-5)
+        assert ours.dtype is torch.bfloat16
+        torch.testing.assert_close(ours, exact.bfloat16(), rtol=0.01, atol=0)
+        assert (ours - exact).norm() < 0.8 * (norm(x, weight.bfloat16(), 1e-5) - exact).norm()
+
+
 def test_views_of_a_wider_row_are_normed_in_their_last_axis() -> None:
     wide, weight = torch.randn(5, 6, 24, generator=torch.Generator().manual_seed(0)), torch.ones(24)
     torch.testing.assert_close(rms_norm(wide[:, 1:3], weight, 1e-6), rms_norm_reference(wide[:, 1:3], weight, 1e-6))

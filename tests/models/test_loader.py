@@ -11,12 +11,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GraniteConfig,
+    LlavaConfig,
+    SiglipVisionConfig,
+)
 
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointError, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import named_config
 from stockade.engine.sampling import SamplingParams
+from stockade.export.source import open_detector
+from tests.conftest import BASE, FAMILIES, save_tokenizer, scatter_norms
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 
@@ -96,6 +105,62 @@ def test_a_checkpoint_that_is_not_what_its_configuration_says(
     with pytest.raises(error, match=message) as caught:
         load_models(folder, dtype=torch.float32)
     assert isinstance(caught.value, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("gemma2", {"hidden_activation": "gelu"}, "unknown activation 'gelu'; known: gelu_pytorch_tanh"),
+        ("gemma3", {"use_bidirectional_attention": True}, "known: causal attention"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+            "known: default, linear, llama3, yarn",
+        ),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "known: on whole heads"),
+    ],
+)
+def test_variants_of_a_family_that_are_not_known(
+    family: str, config: dict[str, Any], message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownArchitecture, match=message):
+        load_models(changed(checkpoint(family), tmp_path / "changed", **config), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["hub names", "today's names"])
+def test_gemma3_runs_without_its_eyes(original: bool, tmp_path: Path) -> None:
+    eyes = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=FAMILIES["gemma3"](), vision_config=eyes, image_token_index=383)
+    )
+    scatter_norms(model)
+    model.eval().save_pretrained(tmp_path, save_original_format=original)
+    save_tokenizer(tmp_path)
+    prompt = list(range(10, 50))
+    model.generation_config.eos_token_id = None
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)
+    engine = Engine(tmp_path, dtype=torch.float32, kv_bytes=8 << 20)
+    reply = engine.generate([prompt], SHORT)[0]
+    assert reply.token_ids == want[0, len(prompt) :].tolist()
+
+
+def test_eyes_in_front_of_a_model_that_scales_them_are_refused(tmp_path: Path) -> None:
+    shape = named_config("tiny-llava")
+    assert shape is not None
+    text = GraniteConfig(**BASE, embedding_multiplier=12.0)
+    LlavaConfig(text_config=text, vision_config=shape.vision_config).save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnknownArchitecture, match="granite multiplies the features of images"):
+        load_models(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3"])
+def test_what_is_not_exported_says_so(family: str, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(UnknownArchitecture, match="which is not exported; exported are llama"):
+        open_detector(checkpoint(f"classifier-{family}"))
 
 
 def test_models_in_the_wrong_place(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
