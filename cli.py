@@ -367,13 +367,14 @@ def models() -> None:
     """Show what can be given as a model."""
     from .console import plain_table
     from .engine.models.decoder import FAMILIES
-    from .engine.models.loader import BUNDLES, LLAVA
+    from .engine.models.loader import BUNDLES
     from .engine.models.shapes import NAMED_SHAPES
+    from .engine.models.vision.families import ADAPTERS
 
     table = plain_table("What --model takes", ["kind", "names", "checked by"])
     exact = "logits and greedy tokens against transformers on random weights"
     table.add_row("language models", ", ".join(FAMILIES), exact)
-    table.add_row("vision-language models", f"{LLAVA} (LLaVA-1.5, ShareGPT4V)", exact)
+    table.add_row("vision-language models", ", ".join(ADAPTERS), exact)
     table.add_row("detectors", "*ForSequenceClassification with one label, PEFT adapters, head files", exact)
     table.add_row("bundles", ", ".join(BUNDLES), "the real weights against transformers")
     table.add_row("named shapes, random weights", ", ".join(NAMED_SHAPES), "for benchmarks and tests")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .console import plain_table
 from .engine.errors import BadInput
-from .engine.models.vision import FeatureCache
+from .engine.models.vision.features import FeatureCache
 from .engine.request import PassRecord
 from .engine.sampling import SamplingParams
 from .engine.trace import Recorder, Slice

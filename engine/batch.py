@@ -50,7 +50,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, positions: [rows] int64. groups: by falling depth; they cover all rows in order.
+    """tokens: [rows] int64. positions: the rows' rotary positions [rows] int64, or [3, rows] (time, height, width)
+    where a row is an image's with a grid. groups: by falling depth; they cover all rows in order.
 
     logit_rows: [n] rows whose next-token logits are wanted, all in the deepest group. pooled: by layer, what its
     output is added to: slots [rows] of the running sums, -1 for none. adapters: which rows have which; None when no
@@ -79,6 +80,7 @@ def build_batch(works: list[Work], pool: PagePool, device: torch.device) -> Batc
     """works: as ordered by `in_batch_order`."""
     tokens: list[int] = []
     positions: list[int] = []
+    grids: list[tuple[int, Tensor]] = []  # (first row, positions [3, n])
     adapters: list[int] = []
     logit_rows: list[int] = []
     pooled: dict[int, list[tuple[int, int, int]]] = {}  # layer -> (first row, row after the last, slot)
@@ -91,7 +93,8 @@ def build_batch(works: list[Work], pool: PagePool, device: torch.device) -> Batc
             sequence, first, last = work.sequence, work.start, work.start + work.rows
             begin = len(tokens)
             tokens += work.tokens
-            positions += range(first, last)
+            positions += sequence.positions(first, last)
+            grids += sequence.grids(first, last, begin)
             for row, length in sequence.table.runs(first, last):
                 write_rows += range(row, row + length)
             if sequence.pool_slot is not None and sequence.pool_from is not None:
@@ -107,12 +110,22 @@ def build_batch(works: list[Work], pool: PagePool, device: torch.device) -> Batc
         groups.append(Group(depth, start, len(tokens), members, pool.layers(layout), rows))
     return Batch(
         torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
+        _positions(positions, grids).to(device),
         groups,
         torch.tensor(logit_rows, device=device, dtype=torch.long),
         {layer: _slots(len(tokens), parts, device) for layer, parts in pooled.items()},
         _active(adapters, works[0].sequence.model.backbone, device) if max(adapters) >= 0 else None,
     )
+
+
+def _positions(text: list[int], grids: list[tuple[int, Tensor]]) -> Tensor:
+    positions = torch.tensor(text)
+    if not grids:
+        return positions
+    positions = positions.repeat(3, 1)
+    for row, grid in grids:
+        positions[:, row : row + grid.shape[1]] = grid
+    return positions
 
 
 def _active(adapters: list[int], backbone: Backbone, device: torch.device) -> ActiveAdapters | None:

@@ -28,6 +28,10 @@ class PromptTooLong(BadInput):
     """The prompt leaves no room for one token in the model's context."""
 
 
+class TooManyImageTokens(PromptTooLong):
+    """A prompt's images alone become more tokens than the model's context has."""
+
+
 class InvalidSampling(BadInput):
     """A sampling parameter is outside its range, or two contradict each other."""
 

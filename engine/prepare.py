@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from .chat import Chat
 from .drafts import PromptLookup
-from .errors import BadInput, ImagesNotSupported, InvalidMessage, PromptTooLong, TooManyImages
+from .errors import (
+    BadInput,
+    ImagesNotSupported,
+    InvalidMessage,
+    PromptTooLong,
+    TooManyImages,
+    TooManyImageTokens,
+)
+from .images import LoadedImage
 from .kv_pages import PagePool
 from .models.model import Model
 from .outside import OutsideDetector
@@ -15,7 +23,7 @@ from .passes import Choose, Continue, Generate, Pass, Prompt, Score
 from .request import PassRecord
 from .sampling import SamplingParams
 from .sequence import BlockTable, PlacedImage, Sequence
-from .text import Codec, ImageSegment, Segment
+from .text import Codec, ImageSegment, Segment, segments_text
 
 
 class Identity(NamedTuple):
@@ -170,7 +178,7 @@ def _pool_from(codec: Codec, segments: tuple[Segment, ...], pooled: int, tokens:
 
 
 def encode(model: Model, prompt: Prompt) -> Encoded:
-    """Token ids with one id for each row of an image, and what they stand for in the prefix index; the invocation of
+    """Token ids with all those of an image, and what they stand for in the prefix index; the invocation of
     an activated adapter stands at the end."""
     if isinstance(prompt, Continue):
         encoded = _continued(model, prompt)
@@ -201,7 +209,7 @@ def _continued(model: Model, prompt: Continue) -> Encoded:
 def _encode(model: Model, prompt: Chat | tuple[Segment, ...] | tuple[int, ...]) -> Encoded:
     if isinstance(prompt, Chat):
         images = prompt.images
-        _check_images(model, len(images))
+        _check_images(model, images)
         check_characters(model, sum(len(message.text) for message in prompt.messages))
         ids = model.codec.encode_chat(prompt)
     else:
@@ -215,7 +223,7 @@ def _encode(model: Model, prompt: Chat | tuple[Segment, ...] | tuple[int, ...]) 
                 )
             return Encoded(ids, ids, ())
         images = tuple(item.image for item in segments if isinstance(item, ImageSegment))
-        _check_images(model, len(images))
+        _check_images(model, images)
         check_characters(model, sum(len(item.text) for item in segments if not isinstance(item, ImageSegment)))
         ids = model.codec.encode(segments, add_special_tokens=True)
     if not images:
@@ -225,23 +233,40 @@ def _encode(model: Model, prompt: Chat | tuple[Segment, ...] | tuple[int, ...]) 
     tokens: list[int] = []
     content: list[int] = []
     placed: list[PlacedImage] = []
-    waiting = iter(images)
+    text = ""
+    if vision.reads_prompt:
+        parts = model.codec.segments(prompt) if isinstance(prompt, Chat) else segments
+        text = segments_text(parts, "")
+    waiting = iter(vision.prepare(images, text))
+    position = 0  # rotary, of the next token
     for token in ids:
         if token != model.image_token_id:
             tokens.append(token)
             content.append(token)
+            position += 1
             continue
-        prepared = vision.prepare(next(waiting))
-        placed.append(PlacedImage(len(tokens), prepared))
-        tokens += [token] * prepared.tokens
+        prepared = next(waiting)
+        placed.append(PlacedImage(len(tokens), prepared, position))
+        tokens += prepared.place.ids
+        position += prepared.place.advance
         # below every token id, and different for every row of every image
         base = -(int.from_bytes(prepared.key, "big") << 32) - 1
         content += range(base, base - prepared.tokens, -1)
     return Encoded(tokens, content, tuple(placed))
 
 
-def _check_images(model: Model, count: int) -> None:
-    if count and model.backbone.vision is None:
+def _check_images(model: Model, images: tuple[LoadedImage, ...]) -> None:
+    """Refuse what cannot fit before any image is processed: sizes say how many tokens images become."""
+    vision = model.backbone.vision
+    if not images:
+        return
+    if vision is None:
         raise ImagesNotSupported(f"{model.name} reads text only; send no images")
-    if count > model.max_images:
-        raise TooManyImages(f"{count} images in one chat; {model.name} takes at most {model.max_images}")
+    if len(images) > model.max_images:
+        raise TooManyImages(f"{len(images)} images in one chat; {model.name} takes at most {model.max_images}")
+    tokens = sum(vision.tokens(image.pixels.size, len(images)) for image in images)
+    if tokens >= model.context:
+        raise TooManyImageTokens(
+            f"the images become {tokens:,} tokens; {model.name} takes at most {model.context - 1:,} in all: send "
+            "fewer or smaller images"
+        )

@@ -16,7 +16,7 @@ from ..kernels.pooled_logit import pool_add
 from .batch import Batch, Group, build_batch, in_batch_order
 from .kv_pages import PagePool
 from .models.model import Backbone
-from .models.vision import FeatureCache
+from .models.vision.features import FeatureCache
 from .scheduler import Lane, Work
 from .sequence import Sequence
 
@@ -69,7 +69,7 @@ class ModelRunner:
         for work in works:
             _begin_sum(work, sums)
         x = decoder.embed(batch.tokens)
-        _place_features(x, works)
+        deep = _place_features(x, works)
         angles = decoder.angles(batch.positions)
         active, adapters = list(batch.groups), batch.adapters
         scores: list[tuple[Sequence, float]] = []
@@ -77,8 +77,9 @@ class ModelRunner:
 
         first = 0
         while active:
-            last = active[-1].depth
+            last = active[-1].depth if first >= deep.layers else first + 1
             x = _layers(backbone, batch, active, first, last, x, angles, adapters, sums)
+            deep.add_(first, x)
             first = last
             while active and active[-1].depth == last:
                 group = active.pop()
@@ -114,7 +115,7 @@ class ModelRunner:
                     continue
                 known = self.features.get(key)
                 if known is None:
-                    missing[key] = placed.image.pixels
+                    missing[key] = placed.image
                 else:
                     sequence.features[key] = known
         if not missing:
@@ -125,11 +126,9 @@ class ModelRunner:
         encoded: dict[bytes, Tensor] = {}
         for first in range(0, len(keys), IMAGES_AT_ONCE):
             some = keys[first : first + IMAGES_AT_ONCE]
-            encoded.update(
-                zip(some, backbone.vision.encode(torch.stack([missing[key] for key in some])), strict=True)
-            )
+            encoded.update(zip(some, backbone.vision.encode([missing[key] for key in some]), strict=True))
         for key, features in encoded.items():
-            # a row of the batch of its own, so that the cache's bound holds
+            # not a view of what was computed together, so that the cache's bound holds
             self.features.put(key, features.clone())
         for work in works:
             for placed in work.sequence.images_between(work.start, work.stop):
@@ -151,15 +150,41 @@ def _begin_sum(work: Work, sums: Tensor) -> None:
     sequence.rolled_back = False
 
 
-def _place_features(x: Tensor, works: list[Work]) -> None:
-    """Overwrite the embeddings of image tokens by the images' features."""
+@dataclass(frozen=True)
+class _DeepFeatures:
+    """What images add to the output of the first layers (DeepStack, Meng et al. 2024): parts of (rows of the batch,
+    [layers, rows, hidden])."""
+
+    parts: list[tuple[Tensor, Tensor]]
+
+    @property
+    def layers(self) -> int:
+        return len(self.parts[0][1]) if self.parts else 0
+
+    def add_(self, layer: int, x: Tensor) -> None:
+        """Add to x, the output of `layer`, in place."""
+        if layer < self.layers:
+            for rows, features in self.parts:
+                here = rows < len(x)  # sequences that end at a lower layer have left
+                x[rows[here]] += features[layer, here]
+
+
+def _place_features(x: Tensor, works: list[Work]) -> _DeepFeatures:
+    """Overwrite the embeddings of image tokens by the images' features; returns what later layers get."""
     row = 0
+    deep: list[tuple[Tensor, Tensor]] = []
     for work in works:
         for placed in work.sequence.images_between(work.start, work.stop):
             first, stop = max(work.start, placed.start), min(work.stop, placed.stop)
-            features = work.sequence.features[placed.image.key][first - placed.start : stop - placed.start]
-            x[row + first - work.start : row + stop - work.start] = features
+            wanted = placed.image.place.rows[first - placed.start : stop - placed.start]
+            rows = (wanted >= 0).nonzero().squeeze(1)
+            features = work.sequence.features[placed.image.key][:, wanted[rows]]
+            rows += row + first - work.start
+            x[rows] = features[0]
+            if len(features) > 1 and len(rows):
+                deep.append((rows, features[1:]))
         row += work.rows
+    return _DeepFeatures(deep)
 
 
 def _layers(

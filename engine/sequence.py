@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,20 +11,26 @@ from torch import Tensor
 from .drafts import PromptLookup
 from .kv_pages import KVLayout, Page, PrefixRoot
 from .models.model import Model
-from .models.vision import PreparedImage
+from .models.vision.adapter import PreparedImage
 from .request import PassRecord
 from .sampling import Sampled, SamplingParams
 
 
 class PlacedImage(NamedTuple):
-    """An image and the position of its first token."""
+    """An image, the index of its first token in the sequence and that token's rotary position."""
 
     start: int
     image: PreparedImage
+    position: int
 
     @property
     def stop(self) -> int:
         return self.start + self.image.tokens
+
+    @property
+    def shift(self) -> int:
+        """What a token behind it adds to its index for its rotary position."""
+        return self.position + self.image.place.advance - self.stop
 
 
 class BlockTable:
@@ -176,6 +182,28 @@ class Sequence:
         assert self.model.adapter is not None
         adapter = self.model.backbone.adapters[self.model.adapter]
         return -(int(adapter.content_hash, 16) << 300) - content
+
+    def positions(self, start: int, stop: int) -> Iterable[int]:
+        """Rotary positions of the tokens [start, stop) as text; those of an image with a grid are in the grid."""
+        if not self.images or self.images[-1].stop <= start:
+            shift = self.images[-1].shift if self.images else 0
+            return range(start + shift, stop + shift)
+        found: list[int] = []
+        shift, at = 0, start
+        for placed in self.images:
+            found += range(at + shift, min(placed.stop, stop) + shift)
+            at = max(at, min(placed.stop, stop))
+            shift = placed.shift
+        found += range(at + shift, stop + shift)
+        return found
+
+    def grids(self, start: int, stop: int, row: int) -> Iterator[tuple[int, Tensor]]:
+        """(row, rotary positions [3, n]) of images with a grid in [start, stop), where token `start` has `row`."""
+        for placed in self.images_between(start, stop):
+            if placed.image.place.grid is not None:
+                first, last = max(start, placed.start), min(stop, placed.stop)
+                part = placed.image.place.grid[:, first - placed.start : last - placed.start]
+                yield row + first - start, part + placed.position
 
     def images_between(self, start: int, stop: int) -> Iterator[PlacedImage]:
         return (placed for placed in self.images if placed.start < stop and placed.stop > start)

@@ -16,11 +16,12 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [tokens, 1, head_dim] of positions [tokens]; inv_freq is fp32 [head_dim / 2].
+    """(cos, sin) [tokens, 1, head_dim] of positions [tokens], or [tokens, head_dim / 2] where every frequency has its
+    own; inv_freq is fp32 [head_dim / 2].
 
     The first half of sin is negated: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin.
     """
-    angles = torch.outer(positions.float(), inv_freq)
+    angles = (positions if positions.dim() == 2 else positions.unsqueeze(1)).float() * inv_freq
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
     return torch.cat((cos, cos), -1).to(dtype).unsqueeze(1), torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
 

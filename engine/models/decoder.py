@@ -23,6 +23,9 @@ from ..errors import UnknownArchitecture
 from .bundles import default_cache
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
+# The language models inside vision-language models that are one of these, and how their rotary frequencies are dealt
+# to time, height and width: in three blocks, or in turn.
+MROPE = {"qwen2_5_vl_text": ("qwen2", "blocks")}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ATTEND = Callable[[int, Tensor], Tensor]
 """(layer, rotated qkv [tokens, heads + 2 kv_heads, head_dim]) -> [tokens, heads * head_dim]."""
@@ -52,6 +55,7 @@ class DecoderConfig:
     qk_norm: bool
     windows: tuple[int | None, ...]
     rotary: tuple[int, ...]
+    rope_axes: tuple[int, ...] | None  # of an M-RoPE, the axis of each frequency: 0 time, 1 height, 2 width
     rope: Any  # the transformers configuration, which knows its rotary parameters
     attention_scale: float
     attention_cap: float | None = None  # of the scores, c tanh(score / c), before the mask
@@ -73,12 +77,14 @@ class DecoderConfig:
         return plain and scales and not any(self.rotary)
 
     @classmethod
-    def from_pretrained(cls, config: Any) -> DecoderConfig:
-        """Read a `transformers` text configuration.
+    def from_pretrained(cls, config: Any, tied: bool | None = None) -> DecoderConfig:
+        """Read a `transformers` text configuration. tied: whether the output matrix is the embedding, where the
+        configuration does not say.
 
         Raises `UnknownArchitecture` for families, activations or rotary scalings this decoder does not have.
         """
         family = getattr(config, "model_type", None)
+        family, dealt = MROPE.get(str(family), (family, None))
         if family not in FAMILIES:
             raise UnknownArchitecture(f"unknown decoder family {family!r}; known: {', '.join(FAMILIES)}")
         gemma = family in ("gemma2", "gemma3_text")
@@ -112,13 +118,14 @@ class DecoderConfig:
             ffn_size=config.intermediate_size,
             context=config.max_position_embeddings,
             norm_eps=config.rms_norm_eps,
-            tied=bool(config.tie_word_embeddings),
+            tied=bool(getattr(config, "tie_word_embeddings", False)) if tied is None else tied,
             qkv_bias=bias or family == "qwen2",
             o_bias=bias and family in ("llama", "qwen3", "gemma2", "gemma3_text", "granite"),
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=family in ("qwen3", "gemma3_text"),
             windows=_windows(config, family),
             rotary=_rotary(config),
+            rope_axes=_rope_axes(config, dealt, head_dim // 2) if dealt else None,
             rope=config,
             fused_maps=family == "phi3",
             **own,
@@ -205,6 +212,7 @@ class Decoder:
             self.head = Linear(weight)
         self.native: native.NativeLayers | None = None
         self._rotary = _rotary_tables(config, device)
+        self._rope_axes = torch.tensor(config.rope_axes or (), dtype=torch.long, device=device)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its checkpoint name, as a view to copy into; valid until `freeze`."""
@@ -275,7 +283,10 @@ class Decoder:
         return x if self.config.embedding_scale == 1.0 else x.mul_(x.new_tensor(self.config.embedding_scale))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [n] -> (cos, sin) [n, tables, head_dim], one of each for every rotary table."""
+        """positions [n], or [3, n] for an M-RoPE with rows of images -> (cos, sin) [n, tables, head_dim], one of each
+        for every rotary table."""
+        if positions.dim() == 2:
+            positions = positions[self._rope_axes].t()  # [n, head_dim / 2]
         tables = [rope_angles(positions, table, scaling, self.dtype) for table, scaling in self._rotary]
         if len(tables) == 1:
             return tables[0]
@@ -415,6 +426,18 @@ def _windows(config: Any, family: str) -> tuple[int | None, ...]:
     if window is not None and types:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     return (window,) * config.num_hidden_layers
+
+
+def _rope_axes(config: Any, dealt: str, frequencies: int) -> tuple[int, ...]:
+    """The axis that each rotary frequency turns with (M-RoPE, Wang et al. 2024; in turn: Qwen3-VL)."""
+    sections = rope_parameters(config).get("mrope_section") or ()
+    if len(sections) != 3 or sum(sections) != frequencies:
+        raise UnknownArchitecture(
+            f"mrope_section {list(sections)} has to deal {frequencies} rotary frequencies to time, height and width"
+        )
+    if dealt == "blocks":
+        return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    return tuple(at % 3 if at < 3 * sections[at % 3] else 0 for at in range(frequencies))
 
 
 def _split(linear: Linear, prefix: str, names: tuple[str, ...], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,8 @@ from .heads import IN_CONTEXT, Head, HeadSpec, load_head
 from .json_file import read_json
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
-from .vision import VisionAdapter
+from .vision.adapter import VisionAdapter, image_token_id
+from .vision.families import ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ Source: TypeAlias = Checkpointed | Attached
 ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
-LLAVA = "llava"
 TEXT_ONLY = ("gemma3",)  # their text models run, without eyes
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
@@ -141,8 +141,8 @@ class _Loader:
             loaded.codec,
             context,
             decoder.depth,
-            image_token_id=_image_token_id(loaded.config),
-            max_images=(context - 1) // vision.tokens_per_image if vision is not None else 0,
+            image_token_id=loaded.codec.image_id,
+            max_images=(context - 1) // vision.fewest_tokens if vision is not None else 0,
             chat_only=str(source) in BUNDLES,
         )
 
@@ -177,20 +177,22 @@ class _Loader:
         path, base = source if isinstance(source, tuple) else (source, None)
         checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
         classifier = "score.weight" in checkpoint.shapes
-        parts = _Parts(checkpoint.config, classifier, checkpoint.path, self.device, self.dtype)
-        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
+        codec = _codec(checkpoint)
+        tied = _tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
+        parts = _Parts(checkpoint.config, classifier, checkpoint.path, codec.tokenizer, tied, self.device, self.dtype)
+        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec)
 
     def _random(self, name: str, classifier: bool) -> _Loaded:
         config = named_config(name)
         assert config is not None
         config.num_labels = 1 if classifier else config.num_labels
-        parts = _Parts(config, classifier, None, self.device, self.dtype)
+        eyes = config.model_type in ADAPTERS
+        tokenizer = byte_tokenizer(_text_config(config).vocab_size, image_token_id(config) if eyes else None)
+        parts = _Parts(config, classifier, None, tokenizer, _tied(config, False), self.device, self.dtype)
         generator = torch.Generator(self.device).manual_seed(0)
         for slot, tensor in parts.slots.items():
             tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
-        tokenizer = byte_tokenizer(parts.decoder.config.vocab_size, _image_token_id(config))
-        image = None if parts.vision is None else "<image>"
-        codec = Codec(tokenizer, image_token=image, template_adds_specials=True)
+        codec = Codec(tokenizer, image_token="<image>" if eyes else None, template_adds_specials=True)
         return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
 
 
@@ -202,12 +204,15 @@ class _Parts:
         config: PretrainedConfig,
         classifier: bool,
         folder: Path | None,
+        tokenizer: Any,
+        tied: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         text = _text_config(config)
         self.config = config
-        self.decoder = Decoder(DecoderConfig.from_pretrained(text), device, dtype, with_head=not classifier)
+        shape = DecoderConfig.from_pretrained(text, tied)
+        self.decoder = Decoder(shape, device, dtype, with_head=not classifier)
         self.slots = dict(self.decoder.slots())
         self.score: Tensor | None = None
         if classifier:
@@ -216,13 +221,14 @@ class _Parts:
             self.score = torch.empty(1, text.hidden_size, device=device, dtype=dtype)
             self.slots["score.weight"] = self.score
         self.vision: VisionAdapter | None = None
-        if config.model_type == LLAVA:
+        if config.model_type in ADAPTERS:
             if self.decoder.config.images_scaled:
                 raise UnknownArchitecture(
-                    f"{text.model_type} multiplies the features of images; as text model of {LLAVA} it is not known"
+                    f"{text.model_type} multiplies the features of images; as text model of {config.model_type} it is "
+                    "not known"
                 )
             processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
-            self.vision = VisionAdapter(config, processor, device, dtype)
+            self.vision = ADAPTERS[config.model_type](config, processor, tokenizer, device, dtype)
             self.slots.update(self.vision.slots())
 
     def finish(self, content_hash: str, codec: Codec) -> _Loaded:
@@ -360,7 +366,8 @@ def _codec(checkpoint: Checkpoint) -> Codec:
     source = checkpoint.tokenizer_path
     tokenizer = load_tokenizer(source)
     folder = source.parent if source.suffix == ".gguf" else source
-    image_id = _image_token_id(checkpoint.config)
+    eyes = checkpoint.config.model_type in ADAPTERS
+    image_id = image_token_id(checkpoint.config) if eyes else None
     return Codec(
         tokenizer,
         image_token=None if image_id is None else tokenizer.convert_ids_to_tokens(image_id),
@@ -387,19 +394,22 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def _text_config(config: PretrainedConfig) -> Any:
-    if config.model_type in (LLAVA, *TEXT_ONLY):
-        return config.text_config
+    if config.model_type in (*ADAPTERS, *TEXT_ONLY):
+        return config.get_text_config()
     if config.model_type not in FAMILIES:
         raise UnknownArchitecture(
-            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, LLAVA, *TEXT_ONLY))}"
+            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, *ADAPTERS, *TEXT_ONLY))}"
         )
     return config
 
 
-def _image_token_id(config: PretrainedConfig) -> int | None:
-    if config.model_type != LLAVA:
-        return None
-    return getattr(config, "image_token_id", None) or config.image_token_index
+def _tied(config: PretrainedConfig, stored: bool) -> bool:
+    """Whether the output matrix is the embedding. Of a model with eyes two configurations say it, which may disagree:
+    a matrix of its own, if `stored`, is used."""
+    text = _text_config(config)
+    if text is config:
+        return bool(config.tie_word_embeddings)
+    return not stored and any(getattr(part, "tie_word_embeddings", False) for part in (config, text))
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -10,7 +10,7 @@ from ..text import Codec
 from .attached import AttachedAdapter
 from .decoder import Decoder, rope_parameters
 from .heads import Head, HeadSpec
-from .vision import VisionAdapter
+from .vision.adapter import VisionAdapter
 
 
 @dataclass(frozen=True, eq=False)

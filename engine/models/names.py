@@ -1,7 +1,7 @@
 """One spelling for every parameter: the hub's older names and today's, brought to canonical names.
 
 Canonical: `model.embed_tokens.weight`, `model.layers.{i}.…`, `model.norm.weight`, `lm_head.weight`, `score.weight`;
-for LLaVA also `vision_tower.…` (no `vision_model.` after it) and `multi_modal_projector.…`.
+for eyes the names of `transformers` without `model.` before them, and without `vision_model.` after `vision_tower.`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _RULES = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
-        (r"^(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        (r"^(?:model\.)?(multi_modal_projector|visual)\.", r"\1."),
         (r"^(?:model\.)?language_model\.(?=model\.|lm_head\.|score\.)", ""),
         (r"^model\.language_model\.", "model."),
     )

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -19,10 +19,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedC
 from ..errors import CheckpointMismatch, UnknownArchitecture
 from .json_file import read_json
 
-if TYPE_CHECKING:
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
-
 NAMED_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "open-llama-3b", "vicuna-7b", "tiny-llava", "tiny-llama")
+# How the names of a family's image processors begin, slow or fast -> the one that runs on PIL
+_PROCESSORS = {
+    "CLIP": "CLIPImageProcessorPil",
+    "Siglip": "SiglipImageProcessorPil",
+    "Qwen2": "Qwen2VLImageProcessorPil",
+}
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _IMAGE = "<image>"
 _TEMPLATE = (
@@ -110,31 +113,31 @@ def byte_tokenizer(vocab_size: int, image_token_id: int | None = None) -> PreTra
     )
 
 
-def image_processor_for(folder_or_size: str | Path | int) -> CLIPImageProcessorPil | SiglipImageProcessorPil:
+def image_processor_for(folder_or_size: str | Path | int) -> Any:
     """The image processor of a checkpoint folder, or CLIP's for square images of so many pixels a side.
 
     Always the PIL implementation: results must not depend on whether torchvision is installed.
     Raises `CheckpointMissing`, `CheckpointTruncated`, `UnknownArchitecture` or `CheckpointMismatch` for a folder
     without a usable one.
     """
-    # importing them takes most of a second, and a text model needs none
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+    import transformers  # the processors themselves take most of a second to import, and a text model needs none
 
-    known = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil}
     if isinstance(folder_or_size, int):
         side = folder_or_size
-        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
     folder = Path(folder_or_size)
     if (folder / "preprocessor_config.json").is_file():
         settings = read_json(folder / "preprocessor_config.json")
     else:
         settings = read_json(folder / "processor_config.json").get("image_processor", {})
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    found = next((cls for name, cls in known.items() if str(kind).startswith(name)), None)
+    found = next((name for start, name in _PROCESSORS.items() if str(kind).startswith(start)), None)
     if found is None:
-        raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(known)}")
+        raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(_PROCESSORS)}")
     try:
-        return found.from_dict(settings)
+        return getattr(transformers, found).from_dict(settings)
     except (TypeError, ValueError) as error:
         raise CheckpointMismatch(f"{folder} has no usable image processor: {error}") from error
 

@@ -20,7 +20,7 @@ from stockade.engine.guards.prompts import vicuna_v1
 from stockade.engine.images import ImageLimits, load_image
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.models.shapes import image_processor_for
-from stockade.engine.models.vision import FeatureCache
+from stockade.engine.models.vision.features import FeatureCache
 from stockade.engine.passes import Answer
 from stockade.engine.request import Reply
 from stockade.engine.sampling import SamplingParams
