@@ -177,22 +177,22 @@ class _Loader:
         path, base = source if isinstance(source, tuple) else (source, None)
         checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
         classifier = "score.weight" in checkpoint.shapes
-        codec = _codec(checkpoint)
         tied = _tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-        parts = _Parts(checkpoint.config, classifier, checkpoint.path, codec.tokenizer, tied, self.device, self.dtype)
-        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec)
+        parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, self.device, self.dtype)
+        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
 
     def _random(self, name: str, classifier: bool) -> _Loaded:
         config = named_config(name)
         assert config is not None
         config.num_labels = 1 if classifier else config.num_labels
-        eyes = config.model_type in ADAPTERS
-        tokenizer = byte_tokenizer(_text_config(config).vocab_size, image_token_id(config) if eyes else None)
-        parts = _Parts(config, classifier, None, tokenizer, _tied(config, False), self.device, self.dtype)
+        parts = _Parts(config, classifier, None, _tied(config, False), self.device, self.dtype)
         generator = torch.Generator(self.device).manual_seed(0)
         for slot, tensor in parts.slots.items():
             tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
-        codec = Codec(tokenizer, image_token="<image>" if eyes else None, template_adds_specials=True)
+        image_id = None if parts.vision is None else parts.vision.image_token_id
+        tokenizer = byte_tokenizer(parts.decoder.config.vocab_size, image_id)
+        image = None if image_id is None else "<image>"
+        codec = Codec(tokenizer, image_token=image, template_adds_specials=True)
         return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
 
 
@@ -204,7 +204,6 @@ class _Parts:
         config: PretrainedConfig,
         classifier: bool,
         folder: Path | None,
-        tokenizer: Any,
         tied: bool,
         device: torch.device,
         dtype: torch.dtype,
@@ -224,17 +223,17 @@ class _Parts:
         if config.model_type in ADAPTERS:
             if self.decoder.config.images_scaled:
                 raise UnknownArchitecture(
-                    f"{text.model_type} multiplies the features of images; as text model of {config.model_type} it is "
-                    "not known"
+                    f"{text.model_type} multiplies the features of images; as text model of {config.model_type} it is"
+                    " not known"
                 )
             processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
-            self.vision = ADAPTERS[config.model_type](config, processor, tokenizer, device, dtype)
+            self.vision = ADAPTERS[config.model_type](config, processor, device, dtype)
             self.slots.update(self.vision.slots())
 
     def finish(self, content_hash: str, codec: Codec) -> _Loaded:
         self.decoder.freeze()
         if self.vision is not None:
-            self.vision.freeze(content_hash.encode())
+            self.vision.freeze(content_hash.encode(), codec.tokenizer)
         backbone = Backbone(self.decoder, content_hash, self.vision)
         score = None if self.score is None else _classifier_head(self.decoder, self.score[0])
         return _Loaded(backbone, codec, self.config, score)

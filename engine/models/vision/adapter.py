@@ -62,21 +62,18 @@ class PreparedImage:
 class VisionAdapter(nn.Module, ABC):
     """The eyes of one checkpoint. A family's adapter says what is abstract here, and overrides what differs.
 
-    config: the checkpoint's `transformers` configuration; processor: its PIL image processor; tokenizer: for markers
-    around an image. `eyes` is the family's model without its language model; its weights are empty until the `slots`
-    are filled, and `freeze` hashes them.
+    config: the checkpoint's `transformers` configuration; processor: its PIL image processor. `eyes` is the family's
+    model without its language model; its weights are empty until the `slots` are filled and `freeze` is called.
     """
 
     language = "language_model"  # the part of the family's model that the engine's own decoder replaces
     reads_prompt = False  # whether an image's features depend on the text around it
 
-    def __init__(
-        self, config: PretrainedConfig, processor: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.config: Any = config
         self.processor = processor
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = None
         self.device = device
         self.dtype = dtype
         self.image_token_id = image_token_id(config)
@@ -137,8 +134,10 @@ class VisionAdapter(nn.Module, ABC):
         for name, tensor in self.eyes.named_parameters():
             yield name.replace("vision_tower.vision_model.", "vision_tower."), tensor.data
 
-    def freeze(self, weights_hash: bytes) -> None:
+    def freeze(self, weights_hash: bytes, tokenizer: Any) -> None:
+        """Call once, when the slots are filled, with their hash and the checkpoint's tokenizer."""
         self.weights_hash = weights_hash
+        self.tokenizer = tokenizer
 
     def key(self, *parts: bytes | Tensor) -> bytes:
         """A hash of the weights and of these parts."""

@@ -15,9 +15,9 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class LlavaVision(VisionAdapter):
-    def __init__(self, config: Any, processor: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         check_tower(config)
-        super().__init__(config, processor, tokenizer, device, dtype)
+        super().__init__(config, processor, device, dtype)
         self.count = tile_rows(config)
 
     @property

@@ -13,7 +13,7 @@ from .adapter import Placement, PreparedImage, VisionAdapter
 
 
 class QwenVision(VisionAdapter):
-    def __init__(self, config: Any, processor: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         vision = config.vision_config
         ours = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         theirs = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
@@ -21,7 +21,7 @@ class QwenVision(VisionAdapter):
             raise CheckpointMismatch(
                 f"the image processor makes grids of (patch, frames, merge) {theirs}; the vision tower takes {ours}"
             )
-        super().__init__(config, processor, tokenizer, device, dtype)
+        super().__init__(config, processor, device, dtype)
         self.merge: int = vision.spatial_merge_size
 
     @property
