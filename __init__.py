@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .engine.errors import StockadeError
     from .engine.guards import Cascade, Detoxify, EyesClosed, Guard, HarmHead, Probe, Refuse, SelfJudge
     from .engine.images import ImageLimits
-    from .engine.models.loader import Attached
+    from .engine.models.loader import Attached, Classifier
     from .engine.request import FinishReason, Outcome, PassRecord, Replaced, Reply, Verdict
     from .engine.running import Request
     from .engine.sampling import SamplingParams
@@ -25,6 +25,7 @@ __all__ = [
     "Attached",
     "Cascade",
     "Chat",
+    "Classifier",
     "Detoxify",
     "Engine",
     "EyesClosed",
@@ -50,6 +51,7 @@ _HOMES = {
     "Attached": "models.loader",
     "Cascade": "guards",
     "Chat": "chat",
+    "Classifier": "models.loader",
     "Detoxify": "guards",
     "Engine": "engine",
     "EyesClosed": "guards",

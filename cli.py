@@ -30,8 +30,8 @@ DetectorOption = Annotated[
     str | None,
     typer.Option(
         "--detector",
-        help="Like --model, or a head file; ADAPTER,BASE merges an adapter, attach:ADAPTER uses the model's weights, "
-        "onnx:FOLDER runs an exported one beside the engine.",
+        help="Like --model, or a head file; harm=LABEL:CLASSIFIER says which label is harm, ADAPTER,BASE merges an "
+        "adapter, attach:ADAPTER uses the model's weights, onnx:FOLDER runs an exported one beside the engine.",
     ),
 ]
 DetoxifierOption = Annotated[

@@ -21,7 +21,7 @@ from .errors import BadInput, InvalidGuard, InvalidMessage, UnknownRequest
 from .images import ImageLimits
 from .kv_pages import PagePool
 from .models.heads import IN_CONTEXT
-from .models.loader import ModelSet, Source, load_models
+from .models.loader import DetectorSource, ModelSet, Source, load_models
 from .models.model import Model
 from .outside import OutsideDetector
 from .passes import Decision, Generate, Loop, ModelTraits, Prompt, ReleaseMode
@@ -44,10 +44,10 @@ class Engine:
     """Answers chats with a model, under a guard, many at a time.
 
     model, detector, detoxifier: a checkpoint folder, a GGUF file, a bundle ("smol"), a named shape with random
-    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair; a detector may also be an exported one that
-    runs on threads of its own, "onnx:FOLDER". probe: a file with a head fitted on the states that the model has while
-    it answers. A bundle brings its own detector, detoxifier and probe. `models` takes their place when they are
-    loaded already; engines may share them.
+    weights ("tiny-llava" …), or a PEFT adapter and its base as a pair; a detector may also be a `Classifier`, which
+    says what its labels mean, or an exported one that runs on threads of its own, "onnx:FOLDER". probe: a file with a
+    head fitted on the states that the model has while it answers. A bundle brings its own detector, detoxifier and
+    probe. `models` takes their place when they are loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
     multiplies it, fp32 elsewhere. kv_bytes: size of the page pool; None takes a quarter of what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
@@ -58,7 +58,7 @@ class Engine:
     def __init__(
         self,
         model: Source | None = None,
-        detector: Source | OutsideDetector | None = None,
+        detector: DetectorSource | OutsideDetector | None = None,
         detoxifier: Source | None = None,
         *,
         probe: str | Path | None = None,

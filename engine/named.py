@@ -14,7 +14,7 @@ from .errors import BadInput, InvalidGuard
 if TYPE_CHECKING:
     from .engine import Engine
     from .guards import Guard
-    from .models.loader import Source
+    from .models.loader import DetectorSource, Source
     from .outside import OutsideDetector
     from .passes import ReleaseMode
 
@@ -42,7 +42,7 @@ class EngineNames:
 
         return Engine(
             self.model,
-            outside or (None if self.detector is None else source_named(self.detector)),
+            outside or (None if self.detector is None else detector_named(self.detector)),
             None if self.detoxifier is None else source_named(self.detoxifier),
             device=None if self.device is None else _device(self.device),
             dtype=None if self.dtype is None else getattr(torch, DTYPES[self.dtype]),
@@ -87,6 +87,19 @@ def source_named(text: str) -> Source:
         return Attached(text.removeprefix("attach:"))
     adapter, comma, base = text.partition(",")
     return (adapter, base) if comma and not Path(text).exists() else text
+
+
+def detector_named(text: str) -> DetectorSource:
+    """As `source_named`; harm=LABEL+LABEL:SOURCE says which labels (ids or names) of a classifier mean harm."""
+    if not text.startswith("harm=") or Path(text).exists():
+        return source_named(text)
+    from .models.loader import Attached, Classifier
+
+    labels, colon, rest = text.removeprefix("harm=").partition(":")
+    source = source_named(rest)
+    if not labels or not colon or isinstance(source, Attached):
+        raise BadInput(f"{text!r} is not harm=LABEL:SOURCE, with a classifier of its own as source")
+    return Classifier(source, tuple(int(label) if label.isdecimal() else label for label in labels.split("+")))
 
 
 def _device(text: str) -> str:

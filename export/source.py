@@ -158,7 +158,9 @@ def _with_head(found: OpenDetector, path: Path) -> OpenDetector:
 
 def _check_labels(name: str, config: PretrainedConfig) -> None:
     if config.num_labels != 1:
-        raise CheckpointMismatch(f"{name}: a detector has one label, not {config.num_labels}")
+        raise CheckpointMismatch(
+            f"{name} has {config.num_labels} labels; exported are classifiers with one (the engine itself runs it)"
+        )
 
 
 def _slots(config: DecoderConfig, depth: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""The detector's head: pool a sequence's hidden states, norm the pooled row, one dot product, sigmoid."""
+"""The detector's head: pool a sequence's hidden states, norm the pooled row, one dot product a class, sigmoid."""
 
 from __future__ import annotations
 
@@ -28,4 +28,24 @@ def pooled_logit(
     logit = (pooled.float() * weight.float()).sum(-1)
     if bias is not None:
         logit = logit + bias.float()
+    return logit, torch.sigmoid(logit)
+
+
+def pooled_classes(
+    pooled: Tensor, weight: Tensor, harm: tuple[int, ...], independent: bool, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(logit, score) of pooled rows [n, width] by a weight [classes, width], of which `harm` are the harmful ones.
+
+    fp32 [n] each, score = sigmoid(logit) = 1 - P(harm). P(harm) is the sum of the harmful classes' softmax over all;
+    independent: the largest of their sigmoids, as each class of a multi-label classifier is a question of its own.
+    """
+    if norm_weight is not None:
+        pooled = rms_norm_reference(pooled, norm_weight, eps)
+    logits = pooled.float() @ weight.float().t()  # [n, classes]
+    harmful = logits[:, list(harm)]
+    if independent:
+        logit = -harmful.amax(-1)
+    else:
+        harmless = logits[:, [label for label in range(weight.shape[0]) if label not in harm]]
+        logit = harmless.logsumexp(-1) - harmful.logsumexp(-1)
     return logit, torch.sigmoid(logit)

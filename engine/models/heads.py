@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...kernels.pooled_logit import pooled_logit
+from ...kernels.pooled_logit import pooled_classes, pooled_logit
 from ..errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 
 IN_CONTEXT = "context"  # the answering model's own prompt and answer: a head on its own states
@@ -46,18 +46,33 @@ class HeadSpec:
             )
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Which classes of a classifier are harm, and whether they exclude each other (softmax) or not (sigmoids)."""
+
+    harm: tuple[int, ...]
+    independent: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A spec and its weights: weight [hidden], bias [1] or None, norm_weight [hidden] or None."""
+    """A spec and its weights: weight [hidden], bias [1] or None, norm_weight [hidden] or None.
+
+    labels: where the weight is a classifier's, [classes, hidden]; it has no bias then.
+    """
 
     spec: HeadSpec
     weight: Tensor
     bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_eps: float = 1e-6
+    labels: Labels | None = None
 
     def score(self, pooled: Tensor) -> Tensor:
         """pooled [n, hidden], any float dtype -> P(harmless) [n] in fp32."""
+        if self.labels is not None:
+            harm, independent = self.labels.harm, self.labels.independent
+            return pooled_classes(pooled, self.weight, harm, independent, self.norm_weight, self.norm_eps)[1]
         return pooled_logit(pooled, self.weight, self.bias, self.norm_weight, self.norm_eps)[1]
 
     def to(self, device: torch.device) -> Head:
@@ -65,7 +80,7 @@ class Head:
             None if tensor is None else tensor.to(device) for tensor in (self.weight, self.bias, self.norm_weight)
         )
         assert weight is not None
-        return Head(self.spec, weight, bias, norm, self.norm_eps)
+        return Head(self.spec, weight, bias, norm, self.norm_eps, self.labels)
 
 
 def save_head(head: Head, path: Path, **card: str) -> None:

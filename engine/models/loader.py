@@ -18,7 +18,7 @@ from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
-from .heads import IN_CONTEXT, Head, HeadSpec, load_head
+from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
@@ -40,8 +40,26 @@ class Attached:
 Checkpointed: TypeAlias = str | Path | tuple[str | Path, str | Path]
 """A checkpoint folder, a GGUF file, a bundle, a named shape, or (PEFT adapter, its base)."""
 
+
+@dataclass(frozen=True)
+class Classifier:
+    """A *ForSequenceClassification checkpoint (folder, GGUF file or adapter), and which of its labels mean harm.
+
+    harm: an id, a name of `id2label` in any case, or several of them. None: a single label is P(harmless), as of
+    MLLM-Protector's detector and of reward models; of several the harmful ones have to be named. P(harm) is the sum
+    of the harmful labels' softmax over all; where the configuration's `problem_type` is multi_label_classification,
+    the largest of their sigmoids. template: the text it was trained on, "response" or "question_answer".
+    """
+
+    source: Checkpointed
+    harm: int | str | tuple[int | str, ...] | None = None
+    template: str = "response"
+
+
 Source: TypeAlias = Checkpointed | Attached
 """Whatever weights of its own, or an adapter on the MLLM's."""
+
+DetectorSource: TypeAlias = Source | Classifier
 
 ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
@@ -66,7 +84,7 @@ class ModelSet:
 
 def load_models(
     model: Source,
-    detector: Source | OutsideDetector | None = None,
+    detector: DetectorSource | OutsideDetector | None = None,
     detoxifier: Source | None = None,
     probe: str | Path | None = None,
     *,
@@ -76,11 +94,12 @@ def load_models(
     """Load what an engine needs. Equal sources share one backbone.
 
     Each is a checkpoint folder (of an adapter: one that names a local base), an (adapter, base) pair, a GGUF file,
-    a bundle or a named shape with random weights. A detector is a sequence classifier with one label, a bundle,
-    or a `.safetensors` file with a head fitted on the MLLM's own weights; or "onnx:FOLDER", an exported one that ONNX
-    Runtime runs on threads of its own (the extra `onnx`), or an object that is an `OutsideDetector`. Detector and
-    detoxifier may be adapters `Attached` to the MLLM's backbone. A probe is a `.safetensors` file with a head fitted
-    on the states that the MLLM has while it answers. A bundle as model brings its own detector, detoxifier and probe.
+    a bundle or a named shape with random weights. A detector is a sequence classifier with one label, or a
+    `Classifier` that says which of its labels mean harm; a bundle; a `.safetensors` file with a head fitted on the
+    MLLM's own weights; "onnx:FOLDER", an exported one that ONNX Runtime runs on threads of its own (the extra
+    `onnx`); or an object that is an `OutsideDetector`. Detector and detoxifier may be adapters `Attached` to the
+    MLLM's backbone. A probe is a `.safetensors` file with a head fitted on the states that the MLLM has while it
+    answers. A bundle as model brings its own detector, detoxifier and probe.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
@@ -118,7 +137,7 @@ class _Loaded:
     backbone: Backbone
     codec: Codec
     config: PretrainedConfig
-    score: Head | None  # of a sequence classifier
+    score: Tensor | None  # of a sequence classifier, [labels, hidden]
 
 
 class _Loader:
@@ -146,19 +165,25 @@ class _Loader:
             chat_only=str(source) in BUNDLES,
         )
 
-    def detector(self, name: str, source: Checkpointed, mllm: Model) -> Model:
+    def detector(self, name: str, source: Checkpointed | Classifier, mllm: Model) -> Model:
+        if isinstance(source, Classifier):
+            return self._classifier(name, source)
         if str(source) in BUNDLES:
             return _text_head(name, self.generator(name, source), SMOL_DETECTOR, self.device)
         if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
             return _text_head(name, mllm, Path(source), self.device)
-        loaded = self._load(source, classifier=True)
+        return self._classifier(name, Classifier(source))
+
+    def _classifier(self, name: str, source: Classifier) -> Model:
+        loaded = self._load(source.source, classifier=True)
         decoder = loaded.backbone.decoder
         if loaded.score is None:
             raise CheckpointMismatch(
-                f"{source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or adapter "
-                "with one label, or a head file"
+                f"{source.source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or "
+                "adapter, or a head file"
             )
-        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, loaded.score)
+        head = _classifier_head(decoder, loaded.score, _labels(source, loaded.config), source.template)
+        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head)
 
     def _load(self, source: Checkpointed, classifier: bool) -> _Loaded:
         """classifier says what a named shape is to be; a checkpoint says itself what it is."""
@@ -215,9 +240,7 @@ class _Parts:
         self.slots = dict(self.decoder.slots())
         self.score: Tensor | None = None
         if classifier:
-            if config.num_labels != 1:
-                raise CheckpointMismatch(f"a detector has one label, not {config.num_labels}")
-            self.score = torch.empty(1, text.hidden_size, device=device, dtype=dtype)
+            self.score = torch.empty(config.num_labels, text.hidden_size, device=device, dtype=dtype)
             self.slots["score.weight"] = self.score
         self.vision: VisionAdapter | None = None
         if config.model_type in ADAPTERS:
@@ -235,8 +258,7 @@ class _Parts:
         if self.vision is not None:
             self.vision.freeze(content_hash.encode(), codec.tokenizer)
         backbone = Backbone(self.decoder, content_hash, self.vision)
-        score = None if self.score is None else _classifier_head(self.decoder, self.score[0])
-        return _Loaded(backbone, codec, self.config, score)
+        return _Loaded(backbone, codec, self.config, self.score)
 
 
 _EYES = ("vision_tower.", "multi_modal_projector.")
@@ -339,13 +361,43 @@ def _attached_detector(name: str, source: Attached, mllm: Model) -> Model:
             f"{source.adapter}: score.weight is {tuple(weight.shape)}; a detector on this model has one label and "
             f"{decoder.config.hidden_size} features"
         )
-    return replace(model, head=_classifier_head(decoder, weight[0].to(decoder.device, decoder.dtype)))
+    return replace(model, head=_classifier_head(decoder, weight.to(decoder.device, decoder.dtype), None, "response"))
 
 
-def _classifier_head(decoder: Decoder, weight: Tensor) -> Head:
+def _classifier_head(decoder: Decoder, weight: Tensor, labels: Labels | None, template: str) -> Head:
     """What a sequence classifier does: its last token after the last layer, normed as the decoder norms."""
-    spec = HeadSpec(layer=decoder.depth, pooling="last", norm=True)
-    return Head(spec, weight, norm_weight=decoder.norm, norm_eps=decoder.config.norm_eps)
+    spec = HeadSpec(layer=decoder.depth, pooling="last", norm=True, template=template)
+    if labels is None:
+        weight = weight[0]
+    return Head(spec, weight, norm_weight=decoder.norm, norm_eps=decoder.config.norm_eps, labels=labels)
+
+
+def _labels(source: Classifier, config: PretrainedConfig) -> Labels | None:
+    """Which labels mean harm; None where the only one is P(harmless). Raises `CheckpointMismatch`."""
+    if source.template == IN_CONTEXT:
+        raise CheckpointMismatch(
+            f"{source.source}: a classifier reads a text; its template is none of {IN_CONTEXT!r}"
+        )
+    names = {int(label): str(name) for label, name in config.id2label.items()}
+    said = ", ".join(f"{label} ({name})" for label, name in sorted(names.items()))
+    if source.harm is None:
+        if len(names) == 1:
+            return None
+        raise CheckpointMismatch(
+            f"{source.source} has the labels {said}: say which mean harm, as Classifier(path, harm=…) or harm=…:PATH"
+        )
+    by_name = {name.lower(): label for label, name in names.items()}
+    harm = []
+    for wanted in source.harm if isinstance(source.harm, tuple) else (source.harm,):
+        label = by_name.get(wanted.lower()) if isinstance(wanted, str) else wanted
+        if label not in names or isinstance(wanted, bool):
+            raise CheckpointMismatch(f"{source.source} has no label {wanted!r}; it has {said}")
+        harm.append(label)
+    # one label alone is a sigmoid, too
+    independent = len(names) == 1 or config.problem_type == "multi_label_classification"
+    if not harm or (not independent and len(set(harm)) == len(names)):
+        raise CheckpointMismatch(f"{source.source}: some of the labels {said} have to mean harm, and not all")
+    return Labels(tuple(sorted(set(harm))), independent)
 
 
 def load_tokenizer(source: Path) -> Any:

@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
+from stockade.engine.guards import Guard
 from stockade.engine.models.heads import Head, HeadSpec, load_head, save_head
-from stockade.engine.models.loader import ModelSet, load_models
+from stockade.engine.models.loader import Classifier, ModelSet, load_models
 from stockade.engine.passes import Answer, Choose, Decision, Generate, Score, Scored
 from stockade.engine.request import Outcome
 from stockade.engine.running import Request
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Segment, Trusted, Untrusted
+from tests.conftest import FAMILIES, save_tokenizer, scatter_norms
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them at once "
 TEXTS = ["a", "Hello there.", WORDS, WORDS * 3, "what? " * 40]
@@ -67,7 +69,7 @@ def run(
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-dim100", "qwen2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-dim100", "qwen2", "qwen3", "mistral-window", "gemma2"])
 def test_scores_are_those_of_transformers(
     kind: str, options: dict[str, Any], checkpoint: Callable[[str], Path]
 ) -> None:
@@ -83,6 +85,70 @@ def test_scores_are_those_of_transformers(
             want = torch.sigmoid(model(torch.tensor([codec.encode_text(text)])).logits[0, 0])
         assert isinstance(scored, Scored)
         assert scored.score == pytest.approx(float(want), abs=1e-5)
+
+
+# --- classifiers with several labels ---
+
+NAMES = {"0": "Safe", "1": "Violence", "2": "Fraud"}
+
+
+def labelled(kind: str, names: dict[str, str], problem: str | None, folder: Path) -> Path:
+    config = FAMILIES[kind]()
+    config.id2label, config.problem_type = names, problem
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(config)
+    scatter_norms(model)
+    model.eval().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "problem", "harm", "wanted"),
+    [
+        ("llama-gqa", {"0": "safe", "1": "UNSAFE"}, None, "unsafe", lambda p: p.softmax(-1)[0]),
+        ("mistral-window", NAMES, "single_label_classification", ("fraud", 1), lambda p: p.softmax(-1)[0]),
+        ("qwen3", NAMES, "multi_label_classification", ("violence", 2), lambda p: 1 - p.sigmoid()[1:].max()),
+        ("qwen2", {"0": "toxic"}, None, 0, lambda p: 1 - p.sigmoid()[0]),
+        ("gemma2", {"0": "reward"}, None, None, lambda p: p.sigmoid()[0]),
+    ],
+)
+def test_labels_are_scored_as_transformers_scores_them(
+    kind: str,
+    names: dict[str, str],
+    problem: str | None,
+    harm: Any,
+    wanted: Callable[[torch.Tensor], torch.Tensor],
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = labelled(kind, names, problem, tmp_path)
+    engine = Engine(checkpoint("llama-mha-tied"), Classifier(folder, harm), dtype=torch.float32, kv_bytes=16 << 20)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    scores, _ = run(engine, [Score("detector", (Untrusted(text),)) for text in TEXTS])
+    codec = engine.models["detector"].codec
+    for text, scored in zip(TEXTS, scores, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([codec.encode_text(text)])).logits[0]
+        assert scored.score == pytest.approx(float(wanted(logits)), abs=1e-5)
+    assert len({round(scored.score, 3) for scored in scores}) > 3
+
+
+@pytest.mark.parametrize("harm", ["Violence", "Safe"])
+def test_a_guard_with_several_labels_screens_and_decides(
+    harm: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Classifier(labelled("llama-gqa", NAMES, None, tmp_path), harm, "question_answer")
+    engine = Engine(checkpoint("llama-mha-tied"), source, dtype=torch.float32, kv_bytes=16 << 20)
+    options: dict[str, Any] = {"detoxifier": None, "stop_below": None}
+    screened, later = (
+        engine.chat(["What is it?"], guard=Guard.protector(screen=screen, **options), sampling=GREEDY)[0]
+        for screen in (True, False)
+    )
+    first, second = screened.verdicts[0], later.verdicts[0]
+    assert first.score == pytest.approx(second.score, abs=1e-5)
+    assert (screened.outcome is Outcome.CLEAN) is (first.score >= 0.5)
+    assert screened.outcome is later.outcome
 
 
 # --- probes on the MLLM's own backbone, at another depth than the answers beside them ---

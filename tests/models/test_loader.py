@@ -20,9 +20,16 @@ from transformers import (
 )
 
 from stockade.engine.engine import Engine
-from stockade.engine.errors import CheckpointError, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
-from stockade.engine.models.loader import load_models
+from stockade.engine.errors import (
+    BadInput,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointMissing,
+    UnknownArchitecture,
+)
+from stockade.engine.models.loader import Classifier, load_models
 from stockade.engine.models.shapes import named_config
+from stockade.engine.named import detector_named
 from stockade.engine.sampling import SamplingParams
 from stockade.export.source import open_detector
 from tests.conftest import BASE, FAMILIES, save_tokenizer, scatter_norms
@@ -174,14 +181,40 @@ def test_models_in_the_wrong_place(checkpoint: Callable[[str], Path], tmp_path: 
         load_models(checkpoint("llama-gqa"), tmp_path / "nowhere.safetensors")
 
 
-def test_a_classifier_has_one_label(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = changed(checkpoint("classifier"), tmp_path / "three", id2label={"0": "a", "1": "b", "2": "c"})
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (None, r"has the labels 0 \(Safe\), 1 \(Violence\), 2 \(Fraud\): say which mean harm"),
+        ("unsafe", r"has no label 'unsafe'; it has 0 \(Safe\), 1"),
+        ((1, 3), "has no label 3"),
+        ((True,), "has no label True"),
+        ((), "some of the labels"),
+        ((0, "violence", "fraud"), "have to mean harm, and not all"),
+    ],
+)
+def test_labels_that_say_nothing_about_harm_are_refused(
+    harm: Any, message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = changed(
+        checkpoint("classifier"), tmp_path / "three", id2label={"0": "Safe", "1": "Violence", "2": "Fraud"}
+    )
     (weights,) = folder.glob("*.safetensors")
     tensors = load_file(weights)
     tensors["score.weight"] = torch.zeros(3, 64)
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(CheckpointMismatch, match="a detector has one label, not 3"):
-        load_models(checkpoint("llama-gqa"), folder)
+    with pytest.raises(CheckpointMismatch, match=message):
+        load_models(checkpoint("llama-gqa"), Classifier(folder, harm))
+    with pytest.raises(CheckpointMismatch, match="has 3 labels; exported are classifiers with one"):
+        open_detector(folder)
+
+
+def test_classifiers_by_name(tmp_path: Path) -> None:
+    assert detector_named("harm=1:some/folder") == Classifier("some/folder", (1,))
+    assert detector_named("harm=toxic+1:adapter,base") == Classifier(("adapter", "base"), ("toxic", 1))
+    assert detector_named("some/folder") == "some/folder"
+    for wrong in ("harm=1", "harm=:folder", "harm=1:attach:folder"):
+        with pytest.raises(BadInput, match="is not harm=LABEL:SOURCE"):
+            detector_named(wrong)
 
 
 def test_a_checkpoint_without_a_tokenizer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
