@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    import torch
+from .load_commands import latency, throughput
+from .options import (
+    DetectorOption,
+    DetoxifierOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PromptOption,
+    QuickOption,
+    RepeatsOption,
+    SeedOption,
+    Told,
+    dtype_named,
+    progress,
+)
 
+if TYPE_CHECKING:
     from .document import Session
     from .workload import Sources
 
@@ -23,17 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelOption = Annotated[str, typer.Option(help="A bundle (smol), a checkpoint folder or a named shape (tiny-llava).")]
-DetectorOption = Annotated[str | None, typer.Option(help="A classifier's folder, a named shape, or a head file.")]
-DetoxifierOption = Annotated[str | None, typer.Option(help="A language model's folder or a named shape.")]
-DtypeOption = Annotated[str | None, typer.Option(help="bf16 or fp32. (default: bf16 if it is fast)")]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Measured repetitions.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="Few and short: shows that it works, measures little.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the JSON document here, too.")]
-PromptOption = Annotated[int, typer.Option(min=1, help="Tokens of a question.")]
-SeedOption = Annotated[int, typer.Option(help="Of the questions and of the order in which variants run.")]
-
-Told = Callable[[str, int, int], None]
+for _command in (latency, throughput):
+    app.command()(_command)
 
 
 @app.command()
@@ -80,7 +84,11 @@ def overhead(
         seed=seed,
     )
     _measure(
-        lambda weights, told: run_overhead(weights, config, _dtype(dtype), told), model, detector, detoxifier, json
+        lambda weights, told: run_overhead(weights, config, dtype_named(dtype), told),
+        model,
+        detector,
+        detoxifier,
+        json,
     )
 
 
@@ -106,7 +114,7 @@ def decode(
     if quick:
         repeats, new_tokens, batches = 1, min(new_tokens, 8), tuple(min(rows, 4) for rows in batches)
     config = DecodeConfig(tuple(dict.fromkeys(batches)), prompt_tokens, new_tokens, prefill, repeats, seed)
-    _measure(lambda weights, told: run_decode(weights, config, _dtype(dtype), told), model, None, None, json)
+    _measure(lambda weights, told: run_decode(weights, config, dtype_named(dtype), told), model, None, None, json)
 
 
 @app.command()
@@ -134,7 +142,11 @@ def concurrency(
     guards = tuple(dict.fromkeys(guard or ConcurrencyConfig.guards))
     config = ConcurrencyConfig(requests, guards, repeats, prompt_tokens, lengths, seed)
     _measure(
-        lambda weights, told: run_concurrency(weights, config, _dtype(dtype), told), model, detector, detoxifier, json
+        lambda weights, told: run_concurrency(weights, config, dtype_named(dtype), told),
+        model,
+        detector,
+        detoxifier,
+        json,
     )
 
 
@@ -163,7 +175,7 @@ def roofline(
     from .roofline import h200, predict, this_cpu
     from .roofline_report import RooflineReport, read_measured, setup_of
 
-    known, torch_dtype = None if measured is None else read_measured(measured), _dtype(dtype)
+    known, torch_dtype = None if measured is None else read_measured(measured), dtype_named(dtype)
     assert torch_dtype is not None
     session = begin(Console(stderr=True, highlight=False))
     lengths: dict[str, Any] = {"question": prompt_tokens, "answer": answer_tokens, "chunk": chunk, "batch": batch}
@@ -230,7 +242,9 @@ def serve(
     if quick:
         requests, at_once, pairs, answer_tokens, idle = 4, min(at_once, 4), 1, min(answer_tokens, 8), min(idle, 20)
     config = ServeConfig(requests, at_once, pairs, prompt_tokens, answer_tokens, idle, seed)
-    _measure(lambda weights, told: run_serve(weights, config, _dtype(dtype), told), model, detector, detoxifier, json)
+    _measure(
+        lambda weights, told: run_serve(weights, config, dtype_named(dtype), told), model, detector, detoxifier, json
+    )
 
 
 def _soak(requests: int, seed: int, json: Path | None) -> None:
@@ -242,7 +256,7 @@ def _soak(requests: int, seed: int, json: Path | None) -> None:
 
     console = Console(stderr=True, highlight=False)
     session: Session = begin(console)
-    with TemporaryDirectory() as folder, _progress(console) as told:
+    with TemporaryDirectory() as folder, progress(console) as told:
         report = run_soak(SoakConfig(requests, seed=seed), told, Path(folder))
     emit(report.table(), report.to_dict(), session, json)
     if report.complaints:
@@ -261,32 +275,6 @@ def _measure(
     logging.disable_progress_bar()
     console = Console(stderr=True, highlight=False)
     session: Session = begin(console)
-    with sources(model, detector, detoxifier) as weights, _progress(console) as told:
+    with sources(model, detector, detoxifier) as weights, progress(console) as told:
         report = run(weights, told)
     emit(report.table(), report.to_dict(), session, json)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Told]:
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(
-        TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def told(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], completed=done, total=of)
-
-        yield told
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if name is not None and name not in known:
-        raise typer.BadParameter(f"dtype is one of {', '.join(known)}, not {name}")
-    return None if name is None else known[name]

@@ -67,7 +67,7 @@ def run_overhead(
     own = model.backbone.decoder.dtype
     mllm, detoxifier = sources.speakers(own, models.device)
     variants += published_variants(mllm, sources.scores(own, models.device), detoxifier, config.lengths)
-    runs = _latencies(config, variants, engines, questions, told)
+    runs = measured_latencies(config, variants, engines, questions, told)
     lost = _saturation(config, engines, replace(questions, eyes=False), told)
     engine = engines[0]
     rewrites = run_rewrites(engine, RewriteConfig(config.lengths.mended, repeats=config.rewrites, seed=config.seed))
@@ -81,12 +81,12 @@ def run_overhead(
     )
 
 
-def _latencies(
+def measured_latencies(
     config: OverheadConfig,
     variants: Sequence[Variant],
-    engines: list[Engine],
+    engines: Sequence[Engine],
     questions: Questions,
-    told: Told | None,
+    told: Told | None = None,
 ) -> dict[Key, dict[int, Run]]:
     """Every variant's runs by repeat: the same repeat is the same question, with a picture of its own for each.
 

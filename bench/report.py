@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from rich.console import Console, RenderableType
 
 from ..engine.errors import StockadeError
 from .document import Document, Session
+
+WIDTH = 120
 
 
 class WrongPath(StockadeError):
@@ -47,7 +50,7 @@ class Spread(NamedTuple):
 def begin(console: Console) -> Session:
     """A measurement begins; warns when others use the machine."""
     session = Session.begin()
-    _warn(console, session.warnings)
+    warn(console, session.warnings)
     return session
 
 
@@ -64,14 +67,18 @@ def emit(table: RenderableType, body: dict[str, Any], session: Session, file: Pa
 
 
 def show(table: RenderableType, document: Document, file: Path | None = None) -> None:
-    """Print the table, what is wrong with it and, as the last line of stdout, the document; write that to `file`."""
-    Console(highlight=False).print(table)
-    _warn(Console(stderr=True, highlight=False), document.warnings)
+    """Print the table, what is wrong with it and, as the last line of stdout, the document without its units; write
+    all of that to `file`."""
+    console = Console(highlight=False)
+    if not console.is_terminal:  # nobody's window is too narrow
+        console.width = max(console.width, WIDTH)
+    console.print(table)
+    warn(Console(stderr=True, highlight=False), document.warnings)
     if file is not None:
         document.write(file)
-    print(document.to_json())
+    print(replace(document, units={}).to_json())
 
 
-def _warn(console: Console, warnings: Iterable[str]) -> None:
+def warn(console: Console, warnings: Iterable[str]) -> None:
     for warning in warnings:
         console.print(f"warning: {warning}", style="bold yellow")

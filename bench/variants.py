@@ -107,6 +107,24 @@ def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     }
 
 
+def shipped_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
+    """`guards_of_bench` as they ship: what was mended is judged again, before it may leave (here it is refused then,
+    after the same work), and what is said of a beginning agrees with the path."""
+    out: dict[str, Guard | None] = {}
+    for name, guard in guards_of_bench(lengths, path).items():
+        detector = None if guard is None else guard.detector
+        if guard is None or guard.published or detector is None:
+            out[name] = guard
+            continue
+        if isinstance(detector, Probe):
+            detector = replace(detector, fallback=HarmHead("detector-adapter", threshold=THRESHOLDS[path]))
+        if isinstance(detector, HarmHead | Probe):
+            detector = replace(detector, prefix_threshold=THRESHOLDS[path])
+        if not name.endswith("-rechecked"):
+            out[name] = replace(guard, detector=detector, recheck=True)
+    return out
+
+
 def bench_models(sources: Sources, dtype: torch.dtype | None = None) -> ModelSet:
     """Every guard's models side by side, so that all variants share one unguarded reply.
 

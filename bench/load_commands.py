@@ -1,0 +1,234 @@
+"""`stockade bench latency` and `throughput`: measurements in pieces, which may be interrupted and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
+
+import typer
+from rich.console import Console
+
+from ..engine.errors import BadInput
+from .options import DetectorOption, DetoxifierOption, DtypeOption, JsonOption, SeedOption, dtype_named, progress
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..engine.passes import ReleaseMode
+    from .units import Plan
+    from .workload import Sources
+
+
+Value = TypeVar("Value")
+
+
+class Profile(StrEnum):
+    """How much is measured."""
+
+    CI = "ci"  # seconds, on a tiny model: shows that it works, measures nothing
+    NORMAL = "normal"
+    NIGHTLY = "nightly"  # as much as fits into a night
+
+
+ProfileOption = Annotated[Profile, typer.Option(help="How much is measured where options do not say otherwise.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="smol-llava, smol, a checkpoint folder or a named shape. (default: smol; tiny-llava in ci)"),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what stands in the file of --json.")]
+GuardsOption = Annotated[
+    list[str] | None,
+    typer.Option("--guard", help="Repeatable: off, protector-separate, protector-adapter, probe, ecso …"),
+]
+
+
+def latency(
+    model: ModelOption = None,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    dtype: DtypeOption = None,
+    guard: GuardsOption = None,
+    release: Annotated[
+        list[str] | None, typer.Option(help="When text may leave; repeatable: verdict, window, audit.")
+    ] = None,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a question; repeatable.")] = None,
+    images: Annotated[list[int] | None, typer.Option(min=0, help="Of a question; repeatable.")] = None,
+    answer_tokens: Annotated[list[int] | None, typer.Option(min=2, help="Of an answer; repeatable.")] = None,
+    harmful: Annotated[
+        bool | None, typer.Option("--harmful/--no-harmful", help="The path of harmful answers, too.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Requests of every combination.")] = None,
+    profile: ProfileOption = Profile.NORMAL,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Time to the first text, between tokens and to the whole reply, by sizes, guard and release."""
+    from .latency import LatencyConfig, LatencyPlan
+
+    base = {
+        Profile.CI: LatencyConfig(prompt_tokens=(16,), answer_tokens=(8,), repeats=2),
+        Profile.NORMAL: LatencyConfig(),
+        Profile.NIGHTLY: LatencyConfig(
+            prompt_tokens=(64, 512),
+            answer_tokens=(64, 256),
+            guards=(*LatencyConfig.guards, "protector-separate", "ecso-continued"),
+            releases=("verdict", "window"),
+            harmful=True,
+            repeats=100,
+        ),
+    }[profile]
+    config = replace(
+        base,
+        prompt_tokens=_either(prompt_tokens, base.prompt_tokens),
+        images=_either(images, base.images),
+        answer_tokens=_either(answer_tokens, base.answer_tokens),
+        guards=_either(guard, base.guards),
+        releases=_either(release, base.releases),
+        harmful=base.harmful if harmful is None else harmful,
+        repeats=repeats or base.repeats,
+        seed=seed,
+    )
+
+    def plan(weights: Sources) -> Plan:
+        engine, found = _engine(weights, dtype)
+        return LatencyPlan(engine, config, weights.name, found)
+
+    _measure("latency", plan, model or _default_model(profile), detector, detoxifier, json, resume)
+
+
+def throughput(
+    model: ModelOption = None,
+    detector: DetectorOption = None,
+    detoxifier: DetoxifierOption = None,
+    dtype: DtypeOption = None,
+    guard: GuardsOption = None,
+    at_once: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Requests under way; repeatable. (default: doubled until the knee is behind)"),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Requests a second; repeatable. (default: parts of the best; 0 measures none)"),
+    ] = None,
+    burst: Annotated[int, typer.Option(min=1, help="Requests that come at the same moment.")] = 1,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV or JSON lines: arrival, prompt_tokens, images, answer_tokens, and if wanted harmful."),
+    ] = None,
+    speed: Annotated[float, typer.Option(help="How much faster than the trace says.")] = 1.0,
+    objective: Annotated[
+        str | None, typer.Option(help="Of a request's latency, as ttft=1s,itl=100ms,e2e=10s.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a question.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Of a question.")] = 0,
+    answer_tokens: Annotated[int | None, typer.Option(min=2, help="Of an answer.")] = None,
+    harmful: Annotated[float, typer.Option(min=0.0, max=1.0, help="The part of all answers that are.")] = 0.0,
+    shared_tokens: Annotated[int, typer.Option(min=0, help="Of a text that all requests begin with.")] = 0,
+    release: Annotated[str, typer.Option(help="When text may leave: verdict, window, audit.")] = "verdict",
+    requests: Annotated[int | None, typer.Option(min=1, help="Measured at each load.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each load.")] = None,
+    profile: ProfileOption = Profile.NORMAL,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Requests and tokens a second by load: closed loops up to the knee, open loops or a trace; what meets an
+    objective; queues, pages, prefix hits."""
+    from .asking import check_names
+    from .objective import Objective
+    from .throughput import ThroughputConfig, ThroughputPlan
+    from .traffic import Sizes, read_trace
+
+    check_names((), (release,))
+    base = {
+        Profile.CI: ThroughputConfig(sizes=Sizes(16, 0, 8), most_at_once=4, requests=4),
+        Profile.NORMAL: ThroughputConfig(),
+        Profile.NIGHTLY: ThroughputConfig(
+            guards=(*ThroughputConfig.guards, "protector-separate", "ecso-continued"), requests=200, repeats=3
+        ),
+    }[profile]
+    items = () if trace is None else tuple(read_trace(trace))
+    config = replace(
+        base,
+        guards=_either(guard, base.guards),
+        sizes=Sizes(
+            prompt_tokens or base.sizes.prompt_tokens, images, answer_tokens or base.sizes.answer_tokens, harmful
+        ),
+        at_once=tuple(at_once or ()),
+        rates=None if rate == [0] else tuple(rate or ()),
+        burst=burst,
+        trace=items,
+        speed=speed,
+        requests=requests or base.requests,
+        repeats=repeats or base.repeats,
+        release=cast("ReleaseMode", release),
+        shared_tokens=shared_tokens,
+        objective=Objective() if objective is None else Objective.parse(objective),
+        seed=seed,
+    )
+
+    def plan(weights: Sources) -> Plan:
+        engine, found = _engine(weights, dtype)
+        return ThroughputPlan(engine, config, weights.name, found)
+
+    _measure("throughput", plan, model or _default_model(profile), detector, detoxifier, json, resume)
+
+
+def _either(given: list[Value] | None, otherwise: tuple[Value, ...]) -> tuple[Value, ...]:
+    return tuple(dict.fromkeys(given)) if given else otherwise
+
+
+def _default_model(profile: Profile) -> str:
+    return "tiny-llava" if profile is Profile.CI else "smol"
+
+
+def _engine(weights: Sources, dtype: str | None) -> tuple[Engine, str]:
+    """An engine with the models of every guard, and its dtype."""
+    from ..engine.engine import Engine
+    from .variants import bench_models
+
+    engine = Engine(models=bench_models(weights, dtype_named(dtype)))
+    return engine, str(engine.models["mllm"].backbone.decoder.dtype).removeprefix("torch.")
+
+
+def _measure(
+    kind: str,
+    make: Callable[[Sources], Plan],
+    model: str,
+    detector: str | None,
+    detoxifier: str | None,
+    file: Path | None,
+    resume: bool,
+) -> None:
+    """Measure a plan and show it; exits with 130 where that was interrupted.
+
+    Raises `BadInput` for --resume without a file, and `BadDocument` for a file that is another measurement's.
+    """
+    from transformers.utils import logging
+
+    from .document import Session, read_document
+    from .report import show, warn
+    from .units import resumed, run_units
+    from .workload import sources
+
+    if resume and file is None:
+        raise BadInput("--resume goes on with the document in the file of --json FILE")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console(stderr=True, highlight=False)
+    earlier = read_document(file, kind) if resume and file is not None and file.exists() else None
+    session = Session.begin(earlier)
+    warn(console, session.warnings)
+    with sources(model, detector, detoxifier) as weights, progress(console) as told:
+        plan = make(weights)
+        done = {} if earlier is None else resumed(plan, earlier)
+        complete = run_units(plan, done, told)
+    rows, more = plan.rows(done), plan.more(done)
+    document = session.document(kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more)
+    show(plan.table(rows, more), document, file)
+    if not complete:
+        console.print("interrupted; the same command with --json FILE --resume goes on", style="bold yellow")
+        raise typer.Exit(130)
