@@ -28,7 +28,7 @@ from stockade.bench.workload import sources
 from stockade.engine.models.loader import ModelSet
 from stockade.engine.trace import StepWork
 
-STEP, GUARD, SUBMIT = 0.01, 0.025, 0.002  # seconds of a step, of what a guard has in one, of taking a request in
+STEP, GUARD, SUBMIT = 0.02, 0.05, 0.002  # seconds of a step, of what a guard has in one, of taking a request in
 TOKENS = 6
 
 
@@ -50,7 +50,7 @@ def models() -> Any:
 
 
 def test_latency_reports_the_steps_and_the_guard(models: ModelSet) -> None:
-    config = LatencyConfig((8,), (0,), (TOKENS,), ("off", "ecso"), repeats=3)
+    config = LatencyConfig((8,), (0,), (TOKENS,), ("off", "ecso"), repeats=2)
     plan = LatencyPlan(SteadyEngine(models, cost, SUBMIT), config, "steady", "float32")
     done: dict[str, Any] = {}
     assert run_units(plan, done)
@@ -69,12 +69,12 @@ def test_latency_reports_the_steps_and_the_guard(models: ModelSet) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_throughput_reports_the_rate_of_the_steps(at_once: int, models: ModelSet) -> None:
-    config = ThroughputConfig(("off",), Sizes(8, 0, TOKENS), (at_once,), rates=None, requests=8 * at_once)
+    config = ThroughputConfig(("off",), Sizes(8, 0, TOKENS), (at_once,), rates=None, requests=6 * at_once)
     plan = ThroughputPlan(SteadyEngine(models, cost, SUBMIT), config, "steady", "float32")
     done: dict[str, Any] = {}
     assert run_units(plan, done)
     (row,) = plan.rows(done)
-    assert row["n"] == 8 * at_once and row["preemptions"] == 0
+    assert row["n"] == 6 * at_once and row["preemptions"] == 0
     # in the time of a request as many are taken in as are under way
     seconds = TOKENS * STEP + at_once * SUBMIT
     assert row["tokens_per_s"] == near(at_once * TOKENS / seconds)
@@ -87,7 +87,7 @@ def test_throughput_reports_the_rate_of_the_steps(at_once: int, models: ModelSet
 
 def test_overhead_reports_what_the_guard_adds(models: ModelSet) -> None:
     lengths = Lengths(TOKENS, 2, 2, 2)
-    config = OverheadConfig(repeats=3, harmful_repeats=1, prompt_tokens=8, lengths=lengths)
+    config = OverheadConfig(repeats=2, harmful_repeats=1, prompt_tokens=8, lengths=lengths)
     variants = engine_variants(lengths, ("protector-separate", "ecso"))
     engines = [SteadyEngine(models, cost, SUBMIT) for _ in range(3)]
     questions = Questions(models.models["mllm"].codec.tokenizer, 8, False, Random(0))
