@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import nan
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class ModelRunner:
                 if len(batch.logit_rows) and not active:
                     logits = decoder.logits(x[batch.logit_rows])
                 x = x[: group.start]
-                angles = (angles[0][: group.start], angles[1][: group.start])
+                angles = decoder.angles(batch.positions[..., : group.start]) if active else None
                 adapters = adapters.first(group.start) if adapters is not None and group.start else None
         self.seconds += perf_counter() - began
         choosing = [work for work in works if work.finishes and work.sequence.wants_logits]
@@ -194,7 +195,7 @@ def _layers(
     first: int,
     last: int,
     x: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Any,
     adapters: ActiveAdapters | None,
     sums: Tensor,
 ) -> Tensor:

@@ -11,16 +11,25 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Cohere2Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from stockade.engine.engine import Engine
@@ -107,6 +116,27 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Architectures that the engine's own decoder does not have.
+ROOMY = {**BASE, "max_position_embeddings": 2048}
+OTHER_FAMILIES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralConfig(**ROOMY, num_local_experts=4, num_experts_per_tok=2, sliding_window=20),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **ROOMY, head_dim=24, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1]
+    ),
+    "olmo2": lambda: Olmo2Config(**ROOMY),
+    "starcoder2": lambda: Starcoder2Config(**ROOMY, sliding_window=24),
+    "gpt_neox": lambda: GPTNeoXConfig(**ROOMY),
+    "cohere2": lambda: Cohere2Config(
+        **ROOMY, sliding_window=20, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "glm4": lambda: Glm4Config(**ROOMY, head_dim=16),
+    "smollm3": lambda: SmolLM3Config(**ROOMY, no_rope_layers=[1, 0, 1]),
+    "exaone4": lambda: Exaone4Config(
+        **ROOMY, sliding_window=20, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+}
+
+
 def save_tokenizer(folder: Path, image_token: int | None = None) -> None:
     byte_tokenizer(VOCAB, image_token).save_pretrained(folder)
 
@@ -138,7 +168,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
                 config.num_labels = 1
                 model, image_token = AutoModelForSequenceClassification.from_config(config), None
             else:
-                model, image_token = AutoModelForCausalLM.from_config(FAMILIES[family]()), None
+                model, image_token = AutoModelForCausalLM.from_config({**FAMILIES, **OTHER_FAMILIES}[family]()), None
             scatter_norms(model)
             model.eval().save_pretrained(folder)
             save_tokenizer(folder, image_token)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..engine.chat import Chat
-from ..engine.models.decoder import Decoder, DecoderConfig
 from ..engine.models.heads import IN_CONTEXT
+from ..engine.models.language_model import LanguageModel, LanguageModelConfig
 from ..engine.models.model import Model
 from ..engine.text import Untrusted
 from ..kernels.native import RaggedGroup, RaggedSequence
@@ -22,7 +22,7 @@ BATCH_TOKENS = 2048
 FIRST_BEGINNING = 16  # tokens of an answer's shortest beginning ...
 NEXT_BEGINNING = 32  # ... and how many more each further one has
 
-RunLayers: TypeAlias = Callable[[int, int, Tensor, tuple[Tensor, Tensor]], Tensor]
+RunLayers: TypeAlias = Callable[[int, int, Tensor, Any], Tensor]
 """(first, last, x [tokens, hidden], angles) -> x after layers [first, last), in place."""
 
 
@@ -143,14 +143,14 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[int]]:
         yield batch
 
 
-def _layers(decoder: Decoder, lengths: list[int]) -> RunLayers:
+def _layers(decoder: LanguageModel, lengths: list[int]) -> RunLayers:
     """For passages of these lengths, in torch."""
     config = decoder.config
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         return _causal(qkv, lengths, config, config.windows[layer])
 
-    def run(first: int, last: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def run(first: int, last: int, x: Tensor, angles: Any) -> Tensor:
         for layer in range(first, last):
             x = decoder.block(layer, x, angles, attend)
         return x
@@ -158,7 +158,7 @@ def _layers(decoder: Decoder, lengths: list[int]) -> RunLayers:
     return run
 
 
-def _native_layers(decoder: Decoder, lengths: list[int], depth: int) -> RunLayers:
+def _native_layers(decoder: LanguageModel, lengths: list[int], depth: int) -> RunLayers:
     """The same with the native kernels, which serve too; keys and values lie one passage behind the other."""
     config, rows = decoder.config, torch.arange(sum(lengths))
     kv = torch.empty(depth, 2 * config.kv_heads, len(rows), config.head_dim, dtype=decoder.dtype)
@@ -167,7 +167,7 @@ def _native_layers(decoder: Decoder, lengths: list[int], depth: int) -> RunLayer
     spans = [RaggedSequence(at, n, 0, ((at, n),)) for at, n in zip(starts, lengths, strict=True)]
     group = RaggedGroup(caches, spans)
 
-    def run(first: int, last: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def run(first: int, last: int, x: Tensor, angles: Any) -> Tensor:
         assert decoder.native is not None
         decoder.native.run(first, last, x, angles, rows, [group])
         return x
@@ -175,7 +175,7 @@ def _native_layers(decoder: Decoder, lengths: list[int], depth: int) -> RunLayer
     return run
 
 
-def _causal(qkv: Tensor, lengths: list[int], config: DecoderConfig, window: int | None) -> Tensor:
+def _causal(qkv: Tensor, lengths: list[int], config: LanguageModelConfig, window: int | None) -> Tensor:
     """qkv [tokens, heads + 2 kv_heads, head_dim] of texts of these lengths -> [tokens, heads * head_dim]."""
     outs = []
     for rows in qkv.split(lengths):

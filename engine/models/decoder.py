@@ -6,7 +6,7 @@ It knows weights and layers, not requests: `ModelRunner` calls `embed`, `block` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -275,6 +275,11 @@ class Decoder:
             self.native = native.NativeLayers(
                 library, weights, config.heads, config.kv_heads, config.head_dim, config.norm_eps
             )
+
+    @property
+    def way_of_running(self) -> str:
+        """All that keys and values depend on beside the weights: rotary scaling, windows …"""
+        return f"{replace(self.config, rope=None)} {sorted(rope_parameters(self.config.rope).items())}"
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""

@@ -182,6 +182,7 @@ class _Loader:
                 f"{source.source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or "
                 "adapter, or a head file"
             )
+        assert isinstance(decoder, Decoder)
         head = _classifier_head(decoder, loaded.score, _labels(source, loaded.config), source.template)
         return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head)
 
@@ -202,9 +203,25 @@ class _Loader:
         path, base = source if isinstance(source, tuple) else (source, None)
         checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
         classifier = "score.weight" in checkpoint.shapes
-        tied = _tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-        parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, self.device, self.dtype)
+        try:
+            tied = _tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
+            parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, self.device, self.dtype)
+        except UnknownArchitecture as refusal:
+            return self._fall_back(checkpoint, refusal)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
+
+    def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
+        # importing the module classes of transformers takes a second, and most models need none
+        from .fallback_check import load_fallback, why_not
+
+        reason = why_not(checkpoint.config, "score.weight" in checkpoint.shapes)
+        if reason is not None:
+            raise UnknownArchitecture(f"{refusal}; the fallback does not run it either: {reason}")
+        try:
+            decoder, content_hash = load_fallback(checkpoint, self.device, self.dtype)
+        except UnknownArchitecture as error:
+            raise UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}") from error
+        return _Loaded(Backbone(decoder, content_hash), _codec(checkpoint), checkpoint.config, None)
 
     def _random(self, name: str, classifier: bool) -> _Loaded:
         config = named_config(name)
@@ -331,8 +348,13 @@ def _head_on(name: str, base: Model, path: Path, device: torch.device) -> Model:
 
 def _attach(name: str, source: Attached, mllm: Model) -> tuple[Model, Adapter]:
     """The MLLM with an adapter, and what else is in the adapter's folder."""
-    adapter = read_adapter(Path(source.adapter))
-    attached = AttachedAdapter.of(adapter, mllm.backbone.decoder)
+    adapter, decoder = read_adapter(Path(source.adapter)), mllm.backbone.decoder
+    if not isinstance(decoder, Decoder):
+        raise UnknownArchitecture(
+            f"{source.adapter} cannot be attached: the model's architecture runs on the fallback, which has merged "
+            f"adapters only, (adapter, base); attached ones work on {', '.join(FAMILIES)}"
+        )
+    attached = AttachedAdapter.of(adapter, decoder)
     if mllm.image_token_id in attached.invocation:
         raise CheckpointMismatch(f"{source.adapter} is invoked by token {mllm.image_token_id}, which is an image's")
     return replace(mllm, name=name, adapter=mllm.backbone.attach(attached)), adapter
@@ -350,6 +372,7 @@ def _attached_generator(name: str, source: Attached, mllm: Model) -> Model:
 def _attached_detector(name: str, source: Attached, mllm: Model) -> Model:
     model, adapter = _attach(name, source, mllm)
     decoder, file = model.backbone.decoder, Path(source.adapter) / HEAD_FILE
+    assert isinstance(decoder, Decoder)
     weight = adapter.saved.get("score.weight")
     if (weight is None) != file.is_file():
         found = "neither score.weight nor" if weight is None else "both score.weight and"
@@ -439,7 +462,7 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     generation = read_json(path).get("eos_token_id") if path.is_file() else None
     found: set[int] = set()
-    for ids in (generation, getattr(_text_config(config), "eos_token_id", None)):
+    for ids in (generation, getattr(getattr(config, "text_config", config), "eos_token_id", None)):
         found.update([ids] if isinstance(ids, int) else ids or [])
     return tuple(sorted(found))
 

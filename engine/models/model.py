@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..kv_pages import KVLayout
 from ..text import Codec
 from .attached import AttachedAdapter
-from .decoder import Decoder, rope_parameters
 from .heads import Head, HeadSpec
+from .language_model import LanguageModel
 from .vision.adapter import VisionAdapter
 
 
@@ -20,7 +20,7 @@ class Backbone:
     adapters: what is attached beside the weights; a token's adapter is an index into it, -1 for none.
     """
 
-    decoder: Decoder
+    decoder: LanguageModel
     content_hash: str
     vision: VisionAdapter | None = None
     adapters: list[AttachedAdapter] = field(default_factory=list)
@@ -36,8 +36,7 @@ class Backbone:
     @cached_property
     def cache_key(self) -> str:
         """All that its keys and values depend on: the weights, and how they are run (rotary scaling, windows …)."""
-        config = self.decoder.config
-        return f"{self.content_hash} {replace(config, rope=None)} {sorted(rope_parameters(config.rope).items())}"
+        return f"{self.content_hash} {self.decoder.way_of_running}"
 
 
 @dataclass(frozen=True, eq=False)
