@@ -11,6 +11,7 @@ import base64
 import bisect
 import gc
 import io
+import json
 import random
 import threading
 import time
@@ -99,15 +100,15 @@ class SoakReport:
 class Witness:
     """Stands between engine and model: notes what detectors read and cleared, and makes batches fail.
 
-    cleared: the texts of sequences that scored at least `threshold`. judged: those that the model judged itself.
+    notes: a file for what detectors read: the texts of sequences that scored at least `threshold`, and those that the
+    model judged itself. A file, because the memory that is measured has to be the server's.
     """
 
     engine: Engine
     threshold: float
     faults: float
     random: random.Random
-    cleared: list[str] = field(default_factory=list)
-    judged: list[str] = field(default_factory=list)
+    notes: Path
     injected: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -133,35 +134,38 @@ class Witness:
             if result.logits is not None and all(work.sequence.words for work in result.works):
                 result.logits.fill_(float("nan"))
             result = replace(result, scores=[(sequence, float("nan")) for sequence, _ in result.scores])
-        for sequence, score in result.scores:
-            if score >= self.threshold:
-                self.cleared.append(sequence.model.codec.decode(sequence.tokens))
-        self.judged += [
-            work.sequence.model.codec.decode(work.sequence.tokens) for work in result.works if work.sequence.words
-        ]
+        read = [("cleared", sequence) for sequence, score in result.scores if score >= self.threshold]
+        read += [("judged", work.sequence) for work in result.works if work.sequence.words]
+        with self.notes.open("a", encoding="utf-8") as file:
+            for how, sequence in read:
+                file.write(json.dumps([how, sequence.model.codec.decode(sequence.tokens)]) + "\n")
         return result
 
     def unscreened(self, shown: set[str]) -> list[str]:
         """Texts that no detector has read to their end."""
-        known = sorted(set(self.cleared))
+        read: dict[str, set[str]] = {"cleared": set(), "judged": set()}
+        for line in self.notes.read_text(encoding="utf-8").splitlines():
+            how, text = json.loads(line)
+            read[how].add(text)
+        known = sorted(read["cleared"])
         left = []
         for text in shown:
             at = bisect.bisect_left(known, text)
             if not (at < len(known) and known[at].startswith(text)) and not any(
-                text in prompt for prompt in self.judged
+                text in prompt for prompt in read["judged"]
             ):
                 left.append(text)
         return left
 
 
 def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: Path) -> SoakReport:
-    """Run it on tiny random models. folder: for the audit log."""
+    """Run it on tiny random models. folder: for the audit log, and for what is noted to judge by."""
     models = load_models("tiny-llava", "tiny-llama", "tiny-llama", device="cpu")
     largest = max(model.layout(16).page_bytes for model in models.models.values())
     engine = Engine(models=models, tokens_per_page=16, kv_bytes=largest * config.pages, max_sequences=24)
     threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.15)
     judged = _quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.15)
-    witness = Witness(engine, threshold, config.faults, random.Random(config.seed))
+    witness = Witness(engine, threshold, config.faults, random.Random(config.seed), folder / "read.jsonl")
     clients = _Clients(config, told)
     began, threads = time.perf_counter(), threading.active_count()
     audit = folder / "audit.jsonl"
