@@ -25,7 +25,7 @@ from .bundles import default_cache
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
 # The language models inside vision-language models that are one of these, and how their rotary frequencies are dealt
 # to time, height and width: in three blocks, or in turn.
-MROPE = {"qwen2_5_vl_text": ("qwen2", "blocks")}
+MROPE = {"qwen2_5_vl_text": ("qwen2", "blocks"), "qwen3_vl_text": ("qwen3", "in turn")}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ATTEND = Callable[[int, Tensor], Tensor]
 """(layer, rotated qkv [tokens, heads + 2 kv_heads, head_dim]) -> [tokens, heads * head_dim]."""

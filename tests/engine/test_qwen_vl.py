@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: rotary positions in three axes, images of any resolution."""
+"""Qwen2.5-VL and Qwen3-VL: rotary positions in three axes, images of any resolution, features for several layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil, Qwen3VLConfig
 
 from stockade.engine.errors import CheckpointMismatch, UnknownArchitecture
 from stockade.engine.guards import Guard
@@ -65,10 +65,11 @@ class TestQwen25(FamilyTests):
     def test_a_hit_that_ends_inside_an_image_is_exact(self, models: ModelSet) -> None:
         messages = chat("What?", PICTURES[0])
         wanted = self.new(models).chat([messages], sampling=SHORT)[0].token_ids
-        for cut in (20, 27, 31):
+        for rows in (1, 3, 5):
             engine = self.new(models)
             engine.submit(messages, sampling=SHORT)
             (work,) = engine.scheduler.schedule(engine.lanes[0])
+            cut = work.sequence.images[0].start + rows
             engine.runner.run(engine.lanes[0], [work._replace(length=cut)])
             engine.scheduler.advance(work._replace(length=cut))
             engine.abort(work.sequence.order[0])
@@ -83,6 +84,34 @@ class TestQwen25(FamilyTests):
         reply = engine.chat([chat("What is it?", PICTURES[0])], guard=guard, sampling=SHORT)[0]
         assert [(one.label, one.error) for one in reply.passes] == [("answer", None), ("judge", None)]
         assert reply.passes[1].cached_tokens >= reply.passes[0].prompt_tokens
+
+
+class TestQwen3(TestQwen25):
+    def save(self, folder: Path) -> Any:
+        save_tokenizer(folder, "<|vision_start|><|image_pad|><|vision_end|>", ADDED)
+        size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 12}
+        Qwen2VLImageProcessorPil(size=size, patch_size=16).save_pretrained(folder)
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        return Qwen3VLConfig(
+            text_config={**BASE, "vocab_size": VOCAB + 5, "head_dim": 16, "rope_parameters": rope},
+            vision_config={
+                "depth": 4,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "out_hidden_size": BASE["hidden_size"],
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            image_token_id=IMAGE,
+            tie_word_embeddings=True,
+        )
+
+    def test_features_reach_later_layers(self, models: ModelSet) -> None:
+        vision = models.models["mllm"].backbone.vision
+        assert vision is not None
+        (features,) = vision.encode(vision.prepare([load_image(PICTURES[0])], ""))
+        assert features.shape[0] == 3 and features.abs().amax((1, 2)).min() > 0.01
 
 
 def test_a_grid_that_the_tower_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -10,4 +10,5 @@ from .qwen_vl import QwenVision
 ADAPTERS: dict[str, type[VisionAdapter]] = {
     "llava": LlavaVision,
     "qwen2_5_vl": QwenVision,
+    "qwen3_vl": QwenVision,
 }

@@ -1,4 +1,5 @@
-"""The eyes of Qwen2.5-VL: any resolution, cut into patches; rotary positions of an image are its rows and columns."""
+"""The eyes of Qwen2.5-VL and Qwen3-VL: any resolution, cut into patches; an image's rotary positions are its rows and
+columns. What Qwen3-VL adds to the decoder's first layers are features of layers of the tower."""
 
 from __future__ import annotations
 
