@@ -17,6 +17,7 @@ _RULES = tuple(
     for pattern, new in (
         (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
         (r"^(?:model\.)?(multi_modal_projector|visual)\.", r"\1."),
+        (r"^model\.image_newline$", "image_newline"),
         (r"^(?:model\.)?language_model\.(?=model\.|lm_head\.|score\.)", ""),
         (r"^model\.language_model\.", "model."),
     )

@@ -24,6 +24,8 @@ NAMED_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "open-llama-3b", "vicuna-7b", "
 _PROCESSORS = {
     "CLIP": "CLIPImageProcessorPil",
     "Siglip": "SiglipImageProcessorPil",
+    "LlavaNext": "LlavaNextImageProcessorPil",
+    "LlavaOnevision": "LlavaOnevisionImageProcessorPil",
     "Qwen2": "Qwen2VLImageProcessorPil",
 }
 _SPECIAL = ("<unk>", "<s>", "</s>")

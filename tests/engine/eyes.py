@@ -47,6 +47,10 @@ def chat(text: str, *images: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
+def pictures(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    return [part["image"] for message in messages for part in message["content"] if "image" in part]
+
+
 CHATS = [
     chat("What is this?", PICTURES[0]),
     chat("No image at all."),
@@ -101,6 +105,10 @@ class FamilyTests:
         """What the processor of `transformers` puts in a prompt for image `index` of its outputs."""
         raise NotImplementedError
 
+    def process(self, folder: Path, images: list[Image.Image]) -> dict[str, Any]:
+        """What the image processor of `transformers` makes of a chat's images."""
+        return dict(image_processor_for(folder)(images=images, return_tensors="pt"))
+
     def extras(self, ids: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """What the model of `transformers` wants besides the ids, the mask and the image processor's outputs."""
         return {}
@@ -132,8 +140,8 @@ class FamilyTests:
         """What the processor of `transformers` makes of a chat."""
         codec = models.models["mllm"].codec
         text = codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        images = [part["image"] for message in messages for part in message["content"] if "image" in part]
-        given = dict(image_processor_for(folder)(images=images, return_tensors="pt")) if images else {}
+        images = pictures(messages)
+        given = self.process(folder, images) if images else {}
         ids: list[int] = []
         seen = 0
         for one in codec.tokenizer(text)["input_ids"]:

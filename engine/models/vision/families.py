@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from .adapter import VisionAdapter
 from .llava import LlavaVision
+from .llava_next import LlavaNextVision, LlavaOnevisionVision
 from .qwen_vl import QwenVision
 
 # `model_type` of a checkpoint's configuration -> its eyes
 ADAPTERS: dict[str, type[VisionAdapter]] = {
     "llava": LlavaVision,
+    "llava_next": LlavaNextVision,
+    "llava_onevision": LlavaOnevisionVision,
     "qwen2_5_vl": QwenVision,
     "qwen3_vl": QwenVision,
 }
