@@ -24,6 +24,7 @@ from .options import (
     dtype_named,
     progress,
 )
+from .result_commands import capacity
 
 if TYPE_CHECKING:
     from .document import Session
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (latency, throughput):
+for _command in (latency, throughput, capacity):
     app.command()(_command)
 
 

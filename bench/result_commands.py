@@ -1,0 +1,114 @@
+"""`stockade bench capacity`: what is made of results that were measured before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .options import JsonOption, SeedOption, progress
+
+if TYPE_CHECKING:
+    from .cost_fit import Costs
+    from .guard_programs import Sizes
+    from .replica import Limits
+    from .traffic import Sizes as Requests
+
+ROOFLINE = "roofline"
+
+
+def capacity(
+    costs: Annotated[
+        str,
+        typer.Option(
+            help="JSON of `bench throughput` on the machine that is planned with; or `roofline`: LLaVA-1.5-7B on an "
+            "H200 by bytes and operations, not measured."
+        ),
+    ],
+    rate: Annotated[float | None, typer.Option(help="Requests a second in all. (default: the trace's)")] = None,
+    harmful: Annotated[float, typer.Option(min=0.0, max=1.0, help="The part of all answers that are mended.")] = 0.0,
+    guards: Annotated[str, typer.Option(help="Names with commas between.")] = "ecso,probe",
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a detector with weights of its own; repeatable: same, stream, own, cpu. (default: same)"
+        ),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="As ttft=1s,itl=100ms,e2e=10s.")] = "e2e=10s",
+    target: Annotated[float, typer.Option(min=0.01, max=1.0, help="The part of all requests that it is for.")] = 0.95,
+    price: Annotated[float, typer.Option(min=0.0, help="Of a device (or machine) and hour.")] = 1.0,
+    burst: Annotated[int, typer.Option(min=1, help="Requests that come at the same moment.")] = 1,
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV or JSON lines: arrival, prompt_tokens, images, answer_tokens[, harmful].")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a question. (default: as measured)")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(min=2, help="Of an answer. (default: as measured)")] = None,
+    images: Annotated[int | None, typer.Option(min=0, help="Of a question. (default: as measured)")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="JSON of `bench onnx`, for the placement cpu.")] = None,
+    cores: Annotated[int, typer.Option(min=1, help="Detectors at once beside a replica, in the placement cpu.")] = 4,
+    requests: Annotated[int, typer.Option(min=50, help="Simulated at least.")] = 800,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Instead: predict the measured run itself, and compare.")
+    ] = False,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """How many replicas hold an objective under each guard, and at what price: simulated from measured step costs."""
+    from .capacity import Plan, Traffic, placement_named, run_capacity
+    from .capacity_check import compare, table
+    from .capacity_report import CapacityReport
+    from .cost_fit import FittedCosts, outside_costs
+    from .document import Session, read_document
+    from .objective import Objective
+    from .report import show
+    from .traffic import read_trace
+
+    session = Session.begin()
+    if validate:
+        compared = compare(read_document(Path(costs), "throughput"))
+        rows = [{**one._asdict(), "errors": list(one.errors)} for one in compared]
+        document = session.document("capacity-check", {"costs": costs}, rows)
+        document.warnings.clear()  # nothing was timed
+        show(table(compared), document, json)
+        return
+    found_costs, limits, sizes, known = _costs(costs)
+    traffic = Traffic(
+        rate,
+        burst,
+        () if trace is None else tuple(read_trace(trace)),
+        prompt_tokens or known.prompt_tokens,
+        answer_tokens or known.answer_tokens,
+        known.images if images is None else images,
+        harmful,
+    )
+    plan = Plan(found_costs, limits, sizes, traffic, Objective.parse(objective), target, requests, seed)
+    outside = None if onnx is None else outside_costs(onnx)
+    placements = [placement_named(name, outside, cores) for name in placement or ("same",)]
+    with progress(Console(stderr=True, highlight=False)) as told:
+        found, refused = run_capacity(plan, [name.strip() for name in guards.split(",")], placements, told)
+    report = CapacityReport(plan, found, refused, price)
+    more = report.more()
+    if isinstance(found_costs, FittedCosts):
+        more["fit"] = found_costs.to_dict()
+    document = session.document("capacity", report.settings(), report.rows(), seed=seed, more=more)
+    document.warnings.clear()  # nothing was timed
+    show(report.table(), document, json)
+
+
+def _costs(source: str) -> tuple[Costs, Limits, Sizes, Requests]:
+    """Costs, the engine's limits, sizes of prompts and of requests, from a file or from paper."""
+    from .capacity_check import read_run
+    from .document import read_document
+    from .guard_programs import Sizes
+    from .roofline import h200
+    from .roofline_costs import gpu_limits, roofline_costs
+    from .roofline_report import setup_of
+    from .traffic import Sizes as Requests
+
+    if source == ROOFLINE:
+        paper = roofline_costs(setup_of("llava-1.5-7b", "open-llama-3b"), h200())
+        return paper, gpu_limits(paper), Sizes(image=576), Requests(64, 1, 128)
+    measured = read_run(read_document(Path(source), "throughput"))
+    return measured.costs, measured.limits, measured.sizes, measured.requests
