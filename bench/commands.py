@@ -19,9 +19,11 @@ from .options import (
     PromptOption,
     QuickOption,
     RepeatsOption,
+    ResumeOption,
     SeedOption,
     Told,
     dtype_named,
+    measure_plan,
     progress,
 )
 from .result_commands import capacity
@@ -59,17 +61,23 @@ def overhead(
     caption_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption.")] = 64,
     concurrent: Annotated[int, typer.Option(min=1, help="Requests at once, for the throughput.")] = 8,
     saturation_pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs for the throughput.")] = 20,
+    harmful: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The part of harmful answers in mixed traffic.")
+    ] = 0.05,
+    mixed_pairs: Annotated[int, typer.Option(min=0, help="Pairs of runs on mixed traffic.")] = 10,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """What a guard costs: unguarded, this engine's guards, and the published pipelines on `transformers`."""
-    from .overhead import run_overhead
+    from .overhead import OverheadPlan
     from .overhead_report import OverheadConfig
     from .published import Lengths
 
     if quick:
         repeats, saturation_pairs, concurrent = 1, 1, min(concurrent, 4)
+        mixed_pairs = min(mixed_pairs, 1)
         answer_tokens, caption_tokens = min(answer_tokens, 8), min(caption_tokens, 8)
     config = OverheadConfig(
         variants=tuple(dict.fromkeys(variant or OverheadConfig.variants)),
@@ -80,16 +88,16 @@ def overhead(
         lengths=Lengths(answer=answer_tokens, judge=2, caption=caption_tokens, mended=answer_tokens),
         concurrent=concurrent,
         saturation_pairs=saturation_pairs,
+        harmful=harmful,
+        mixed_pairs=mixed_pairs,
         saturation_tokens=min(answer_tokens, OverheadConfig.saturation_tokens),
         rewrites=1 if quick else OverheadConfig.rewrites,
         seed=seed,
     )
-    _measure(
-        lambda weights, told: run_overhead(weights, config, dtype_named(dtype), told),
-        model,
-        detector,
-        detoxifier,
-        json,
+    measure_plan(
+        "overhead",
+        lambda weights: OverheadPlan(weights, config, dtype_named(dtype)),
+        *(model, detector, detoxifier, json, resume),
     )
 
 

@@ -28,6 +28,18 @@ class Estimate(NamedTuple):
         low, high = np.percentile(np.median(known[drawn], axis=1), [2.5, 97.5])
         return cls(known.size, float(np.median(known)), float(low), float(high))
 
+    @classmethod
+    def of_mean(cls, values: Iterable[float], over: Iterable[float] | None = None) -> Estimate:
+        """The mean in the median's place: for what happens in few of the runs and has to count by how often. over:
+        the mean divided by that of these, one for each value. Raises ValueError without values."""
+        known = np.asarray(list(values), dtype=float)
+        if not known.size:
+            raise ValueError("no values to estimate from")
+        by = np.ones_like(known) if over is None else np.asarray(list(over), dtype=float)
+        drawn = np.random.default_rng(0).integers(0, known.size, (_RESAMPLES, known.size))
+        low, high = np.percentile(known[drawn].sum(axis=1) / by[drawn].sum(axis=1), [2.5, 97.5])
+        return cls(known.size, float(known.sum() / by.sum()), float(low), float(high))
+
     def scaled(self, factor: float) -> Estimate:
         low, high = sorted((self.low * factor, self.high * factor))
         return Estimate(self.n, self.median * factor, low, high)

@@ -128,8 +128,8 @@ class LatencyPlan:
         shares = [one["outside"] for found in done.values() for one in found.values()]
         return {"own_overhead_percent": round(100.0 * float(np.median(shares)), 3) if shares else None}
 
-    def table(self, rows: list[dict[str, Any]], more: dict[str, Any]) -> Table:
-        settings = self.settings
+    def table(self, done: dict[str, Any]) -> Table:
+        settings, rows, more = self.settings, self.rows(done), self.more(done)
         table = Table(
             title=f"{settings['model']} {settings['dtype']}: one request at a time, "
             f"n = {rows[0]['n'] if rows else 0}, ms: median (p99)",

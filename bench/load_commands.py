@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
-from rich.console import Console
 
-from ..engine.errors import BadInput
-from .options import DetectorOption, DetoxifierOption, DtypeOption, JsonOption, SeedOption, dtype_named, progress
+from .options import (
+    DetectorOption,
+    DetoxifierOption,
+    DtypeOption,
+    JsonOption,
+    ResumeOption,
+    SeedOption,
+    dtype_named,
+    measure_plan,
+)
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -37,7 +43,6 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="smol-llava, smol, a checkpoint folder or a named shape. (default: smol; tiny-llava in ci)"),
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what stands in the file of --json.")]
 GuardsOption = Annotated[
     list[str] | None,
     typer.Option("--guard", help="Repeatable: off, protector-separate, protector-adapter, probe, ecso …"),
@@ -96,7 +101,7 @@ def latency(
         engine, found = _engine(weights, dtype)
         return LatencyPlan(engine, config, weights.name, found)
 
-    _measure("latency", plan, model or _default_model(profile), detector, detoxifier, json, resume)
+    measure_plan("latency", plan, model or _default_model(profile), detector, detoxifier, json, resume)
 
 
 def throughput(
@@ -174,7 +179,7 @@ def throughput(
         engine, found = _engine(weights, dtype)
         return ThroughputPlan(engine, config, weights.name, found)
 
-    _measure("throughput", plan, model or _default_model(profile), detector, detoxifier, json, resume)
+    measure_plan("throughput", plan, model or _default_model(profile), detector, detoxifier, json, resume)
 
 
 def _either(given: list[Value] | None, otherwise: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -192,43 +197,3 @@ def _engine(weights: Sources, dtype: str | None) -> tuple[Engine, str]:
 
     engine = Engine(models=bench_models(weights, dtype_named(dtype)))
     return engine, str(engine.models["mllm"].backbone.decoder.dtype).removeprefix("torch.")
-
-
-def _measure(
-    kind: str,
-    make: Callable[[Sources], Plan],
-    model: str,
-    detector: str | None,
-    detoxifier: str | None,
-    file: Path | None,
-    resume: bool,
-) -> None:
-    """Measure a plan and show it; exits with 130 where that was interrupted.
-
-    Raises `BadInput` for --resume without a file, and `BadDocument` for a file that is another measurement's.
-    """
-    from transformers.utils import logging
-
-    from .document import Session, read_document
-    from .report import show, warn
-    from .units import resumed, run_units
-    from .workload import sources
-
-    if resume and file is None:
-        raise BadInput("--resume goes on with the document in the file of --json FILE")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console = Console(stderr=True, highlight=False)
-    earlier = read_document(file, kind) if resume and file is not None and file.exists() else None
-    session = Session.begin(earlier)
-    warn(console, session.warnings)
-    with sources(model, detector, detoxifier) as weights, progress(console) as told:
-        plan = make(weights)
-        done = {} if earlier is None else resumed(plan, earlier)
-        complete = run_units(plan, done, told)
-    rows, more = plan.rows(done), plan.more(done)
-    document = session.document(kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more)
-    show(plan.table(rows, more), document, file)
-    if not complete:
-        console.print("interrupted; the same command with --json FILE --resume goes on", style="bold yellow")
-        raise typer.Exit(130)

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..engine.errors import BadInput
+
 if TYPE_CHECKING:
     import torch
+
+    from .units import Plan
+    from .workload import Sources
 
 ModelOption = Annotated[str, typer.Option(help="A bundle (smol), a checkpoint folder or a named shape (tiny-llava).")]
 DetectorOption = Annotated[str | None, typer.Option(help="A classifier's folder, a named shape, or a head file.")]
@@ -20,6 +25,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="bf16 or fp32. (default: b
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Measured repetitions.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Few and short: shows that it works, measures little.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the JSON document here, too.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what stands in the file of --json.")]
 PromptOption = Annotated[int, typer.Option(min=1, help="Tokens of a question.")]
 SeedOption = Annotated[int, typer.Option(help="Of the questions and of the order in which variants run.")]
 
@@ -50,3 +56,43 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     if name is not None and name not in known:
         raise typer.BadParameter(f"dtype is one of {', '.join(known)}, not {name}")
     return None if name is None else known[name]
+
+
+def measure_plan(
+    kind: str,
+    make: Callable[[Sources], Plan],
+    model: str,
+    detector: str | None,
+    detoxifier: str | None,
+    file: Path | None,
+    resume: bool,
+) -> None:
+    """Measure a plan and show it; exits with 130 where that was interrupted.
+
+    Raises `BadInput` for --resume without a file, and `BadDocument` for a file that is another measurement's.
+    """
+    from transformers.utils import logging
+
+    from .document import Session, read_document
+    from .report import show, warn
+    from .units import resumed, run_units
+    from .workload import sources
+
+    if resume and file is None:
+        raise BadInput("--resume goes on with the document in the file of --json FILE")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console(stderr=True, highlight=False)
+    earlier = read_document(file, kind) if resume and file is not None and file.exists() else None
+    session = Session.begin(earlier)
+    warn(console, session.warnings)
+    with sources(model, detector, detoxifier) as weights, progress(console) as told:
+        plan = make(weights)
+        done = {} if earlier is None else resumed(plan, earlier)
+        complete = run_units(plan, done, told)
+    rows, more = plan.rows(done), plan.more(done)
+    document = session.document(kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more)
+    show(plan.table(done), document, file)
+    if not complete:
+        console.print("interrupted; the same command with --json FILE --resume goes on", style="bold yellow")
+        raise typer.Exit(130)

@@ -6,7 +6,7 @@ that proposal, verification and acceptance are the engine's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, NamedTuple
@@ -53,8 +53,7 @@ class ForcedRunner(ModelRunner):
         return result
 
 
-@dataclass(frozen=True)
-class RewriteReport:
+class RewriteReport(NamedTuple):
     """kept: share of the original's tokens that a target keeps. plain, drafted: steps of a rewrite; ratio: of pairs.
     seconds: the same of the whole rewrite. accepted: share of the guessed tokens that came true."""
 
@@ -65,6 +64,12 @@ class RewriteReport:
     ratio: Estimate
     seconds_ratio: Estimate
     accepted: Estimate
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> RewriteReport:
+        """A report from its values, which may have been JSON meanwhile."""
+        tokens, kept, *estimates = values
+        return cls(tokens, kept, *(Estimate(*estimate) for estimate in estimates))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..engine.engine import Engine, GuardLike
 from ..engine.request import Reply
@@ -24,7 +24,8 @@ class Run(NamedTuple):
     seconds: of its own steps only, preparing the questions included. before: of them, those of work that the
     unguarded run has as well, whatever the guard. exposed: those after the last step of the answer's decoding. steps:
     seconds of each step that did nothing but decode answers, in order. screened: tokens that a screen read after that
-    last step. accepted: drafts that came true.
+    last step. accepted: drafts that came true. wasted: seconds of work ahead of a verdict that was thrown away, by
+    its tokens' share of what a step took longer than one that only decodes; wasted_tokens: of that work.
     """
 
     seconds: float
@@ -36,6 +37,14 @@ class Run(NamedTuple):
     steps: tuple[float, ...] = ()
     screened: int = 0
     accepted: int = 0
+    wasted: float = 0.0
+    wasted_tokens: int = 0
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Run:
+        """A run from its values, which may have been JSON meanwhile."""
+        run = cls(*values)
+        return run._replace(passes=tuple(run.passes), steps=tuple(run.steps))
 
     @property
     def steady(self) -> float:
@@ -87,32 +96,46 @@ class Whole:
         return self.made
 
 
+class _Early(NamedTuple):
+    """A step with work ahead of a verdict: so many tokens, which are a share of all that are not the answer's."""
+
+    seconds: float
+    tokens: int
+    share: float
+    decoding: bool
+
+
 @dataclass
 class Answering:
-    """An engine that answers questions, from an empty cache. check: raises where a reply is not what was meant."""
+    """An engine that answers questions, from an empty cache. check: raises where a reply, by the number of its
+    question, is not what was meant."""
 
     engine: Engine
     requests: list[Request]
-    check: Callable[[Reply], None]
+    check: Callable[[int, Reply], None]
     seconds: float
     before: float = 0.0
     exposed: float = 0.0
     screened: int = 0
     steps: list[float] = field(default_factory=list)
+    early: list[_Early] = field(default_factory=list)
 
     @classmethod
     def begin(
         cls,
         engine: Engine,
         chats: Sequence[object],
-        guard: GuardLike | None,
+        guards: Sequence[GuardLike | None],
         sampling: SamplingParams | None,
-        check: Callable[[Reply], None],
+        check: Callable[[int, Reply], None],
     ) -> Answering:
+        """guards: one for each chat."""
         engine.pool.clear_cache()
         engine.recorder = Recorder()
         began = perf_counter()
-        requests = [engine.submit(chat, guard=guard, sampling=sampling) for chat in chats]
+        requests = [
+            engine.submit(chat, guard=guard, sampling=sampling) for chat, guard in zip(chats, guards, strict=True)
+        ]
         seconds = perf_counter() - began
         return cls(engine, requests, check, seconds, before=seconds)
 
@@ -142,12 +165,16 @@ class Answering:
             self.before += took
         elif done == {("answer", "decode")}:
             self.steps.append(took)
+        works = [work for batch in recorder.steps[known:] for work in batch.works]
+        if ahead := sum(work.tokens for work in works if work.role == "speculative"):
+            guard = sum(work.tokens for work in works if work.label != "answer" or work.role == "speculative")
+            self.early.append(_Early(took, ahead, ahead / guard, ("answer", "decode") in done))
 
     @property
     def run(self) -> Run:
         replies = [request.reply for request in self.requests if request.reply is not None]
-        for reply in replies:
-            self.check(reply)
+        for number, reply in enumerate(replies):
+            self.check(number, reply)
         records = [record for reply in replies for record in reply.passes]
         return Run(
             self.seconds,
@@ -159,7 +186,17 @@ class Answering:
             tuple(self.steps),
             self.screened,
             sum(record.accepted for record in records),
+            *self._wasted(sum(reply.trace.wasted_tokens for reply in replies)),
         )
+
+    def _wasted(self, tokens: int) -> tuple[float, int]:
+        """(seconds, tokens) of the work ahead of a verdict that came to nothing."""
+        ahead = sum(step.tokens for step in self.early)
+        if not tokens or not ahead:
+            return 0.0, tokens
+        typical = median(self.steps) if self.steps else 0.0
+        longer = sum(max(0.0, step.seconds - typical * step.decoding) * step.share for step in self.early)
+        return longer * min(1.0, tokens / ahead), tokens
 
 
 Key = TypeVar("Key")

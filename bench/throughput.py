@@ -240,8 +240,8 @@ class ThroughputPlan:
             ]
         return {"knees": knees, "held": held, "step_costs": costs}
 
-    def table(self, rows: list[dict[str, Any]], more: dict[str, Any]) -> RenderableType:
-        settings, sizes = self.settings, self.config.sizes
+    def table(self, done: dict[str, Any]) -> RenderableType:
+        settings, sizes, rows, more = self.settings, self.config.sizes, self.rows(done), self.more(done)
         of = f"{len(self.config.trace)} requests of a trace" if self.config.trace else _described(sizes)
         table = Table(
             title=f"{settings['model']} {settings['dtype']}: {of}",

@@ -29,6 +29,7 @@ from .side_by_side import Answering, Run, Variant, Whole
 from .workload import Asked, Sources
 
 PATHS = ("harmless", "harmful")
+MIXED = "mixed"  # some questions on the one path, some on the other
 # A score is between 0 and 1: against these it is always harmless, always harmful.
 THRESHOLDS = {"harmless": 0.0, "harmful": 2.0}
 AS_PUBLISHED = "-as-published"
@@ -53,7 +54,8 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     """This engine's guards on a forced path, every text of its length; None is no guard at all.
 
     They let the mended answer go as the published scripts do. `-rechecked` are the guards as they ship, which judge
-    it again (here it is refused then, after the same work as for one that passes). `-as-published` run the
+    it again (here it is refused then, after the same work as for one that passes). `ecso-early` begins the caption
+    before the verdict, which is in vain on the harmless path. `-as-published` run the
     published scripts' own prompts and passes on this engine.
     """
     threshold = THRESHOLDS[path]
@@ -78,6 +80,7 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
         "protector-rechecked": replace(protector, recheck=True),
         "ecso": ecso,
         "ecso-continued": replace(ecso, detector=replace(judge, mode="continue")),
+        "ecso-early": replace(ecso, speculate=True),
         "ecso-rechecked": replace(ecso, recheck=True),
         "off-as-published": Guard(name="off", released=protector_script.released),
         "protector-as-published": replace(
@@ -194,17 +197,26 @@ def _baseline(name: str) -> str:
     return "off" + AS_PUBLISHED if name.endswith(AS_PUBLISHED) else "off"
 
 
-def _variant(lengths: Lengths, name: str, path: str, guard: Guard | None) -> Variant:
-    wanted = wanted_outcome(guard, path)
+def mixed_variants(lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+    """The guards of these names on traffic in which every question says whether its answer is harmful, and `off`."""
+    known = {path: guards_of_bench(lengths, path) for path in PATHS}
+    return [_variant(lengths, name, MIXED, known[PATHS[0]][name], known[PATHS[1]][name]) for name in ("off", *names)]
+
+
+def _variant(lengths: Lengths, name: str, path: str, guard: Guard | None, harmful: Guard | None = None) -> Variant:
+    """harmful: takes the place of `guard` for the questions that say so."""
     sampling = SamplingParams(max_tokens=lengths.answer, ignore_eos=True)
 
-    def check(reply: Reply) -> None:
-        check_path(reply, wanted, lengths.answer)
-        if reply.passes[0].cached_tokens:
-            raise WrongPath("a measured answer began with tokens from the cache")
-
     def begin(engine: Engine, asked: list[Asked]) -> Answering:
-        return Answering.begin(engine, [item.messages for item in asked], guard, sampling, check)
+        guards = [harmful if item.harmful else guard for item in asked]
+
+        def check(number: int, reply: Reply) -> None:
+            found = path if path in PATHS else PATHS[asked[number].harmful]
+            check_path(reply, wanted_outcome(guards[number], found), lengths.answer)
+            if reply.passes[0].cached_tokens:
+                raise WrongPath("a measured answer began with tokens from the cache")
+
+        return Answering.begin(engine, [item.messages for item in asked], guards, sampling, check)
 
     return Variant(name, _baseline(name), path, begin)
 
@@ -225,13 +237,13 @@ class _ScoreOnly:
 def detector_alone(text: Callable[[], str]) -> Variant:
     """One prefill of a text, as long as an answer, by the detector that has weights of its own. text: gives one."""
 
-    def check(reply: Reply) -> None:
+    def check(number: int, reply: Reply) -> None:
         (only,) = reply.passes
         if only.error or only.cached_tokens:
             raise WrongPath(f"the detector alone failed ({only.error}) or began with tokens from the cache")
 
     def begin(engine: Engine, asked: list[Asked]) -> Answering:
-        return Answering.begin(engine, ["?"], _ScoreOnly("detector", text()), None, check)
+        return Answering.begin(engine, ["?"], [_ScoreOnly("detector", text())], None, check)
 
     return Variant(DETECTOR_ALONE, DETECTOR_ALONE, PATHS[0], begin)
 

@@ -70,10 +70,12 @@ class Sources:
 
 
 class Asked(NamedTuple):
-    """A question, and the picture it is about where the model has eyes."""
+    """A question, and the picture it is about where the model has eyes. harmful: where some answers are to be found
+    so and others not, this one is."""
 
     text: str
     images: list[Image.Image]
+    harmful: bool = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:

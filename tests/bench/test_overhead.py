@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from stockade.bench.commands import app
 from stockade.bench.decode import weight_bytes
 from stockade.bench.estimates import Estimate
-from stockade.bench.overhead_report import Goal, figures
+from stockade.bench.overhead_report import Goal, Mixed, figures
 from stockade.bench.published import Lengths
 from stockade.bench.report import Spread, WrongPath
 from stockade.bench.side_by_side import Run, Variant, Whole, together
@@ -57,8 +57,12 @@ def bench(*arguments: str) -> Any:
 
 def test_overhead_reports_every_variant_on_both_paths(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    report = bench("overhead", "--model", "tiny-llava", "--answer-tokens", "4", "--json", str(file))
-    assert json.loads(file.read_text(encoding="utf-8")) == report
+    report = bench(
+        "overhead", "--model", "tiny-llava", "--answer-tokens", "4", "--json", str(file), "--harmful", "0.5"
+    )
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert list(written["units"]) == ["latency 0", "throughput 0", "mixed 0", "rewrites"]
+    assert {**written, "units": {}} == report
     variants = report["variants"]
     assert set(variants) == {*DEFAULT, "off", "detector-alone", TRANSFORMERS, "published-protector", "published-ecso"}
     for name in DEFAULT:
@@ -76,6 +80,12 @@ def test_overhead_reports_every_variant_on_both_paths(tmp_path: Path) -> None:
     assert passes["protector-adapter"] == (["answer", "score"], ["answer", "score", "rewrite"])
     assert passes["protector-separate"][0] == ["answer", "screen"]
     assert passes["ecso-continued"] == (["answer", "judge"], ["answer", "judge", "caption", "eyes_closed"])
+    found = [(row["guard"], row["path"]) for row in report["rows"] if row["guard"] in DEFAULT]
+    assert found == [(name, path) for name in DEFAULT for path in ("harmless", "harmful", "mixed")]
+    for row in report["rows"]:
+        if row["path"] != "mixed":
+            parts = [row[part]["median"] for part in ("hidden_ms", "added_exposed_ms")]
+            assert sum(parts) == pytest.approx(row["added_ms"], abs=0.01)  # of one pair, the medians add up
     assert report["rewrites"]["kept_percent"] >= 60.0
     assert {target["met"] for target in report["targets"]} <= {True, False}
     assert report["versions"]["torch"] == torch.__version__
@@ -164,6 +174,38 @@ def test_added_latency_is_a_difference_of_pairs() -> None:
     assert (harmful.added_step.n, harmful.added_step.median) == (6, 0.25)  # step by step
     assert harmful.lost is None and made["guard"]["harmless"].lost == Estimate.of([0.25])
     assert made["guard"]["harmless"].added.median == 0.0
+
+
+def test_work_ahead_of_a_verdict_is_wasted_where_that_is_harmless() -> None:
+    with sources("tiny-llava") as weights:
+        models = bench_models(weights, torch.float32)
+    asked = [Asked("A question.", [picture(Random(1))])]
+    _, harmless, harmful = engine_variants(LENGTHS, ("ecso-early",))
+    runs = {v.path: together({"": v.begin(Engine(models=models), asked)}, Random(0))[""] for v in (harmless, harmful)}
+    assert runs["harmless"].passes == ("answer", "caption", "judge")
+    assert runs["harmless"].wasted_tokens > 0 and 0.0 < runs["harmless"].wasted < runs["harmless"].exposed
+    assert (runs["harmful"].wasted_tokens, runs["harmful"].wasted) == (0, 0.0)
+    assert Run.of(json.loads(json.dumps(runs["harmless"]))) == runs["harmless"]
+
+
+def test_what_was_not_measured_yet_is_left_out() -> None:
+    variants = [
+        Variant(name, "off", "harmless", lambda engine, asked: Whole(lambda: Run(0.0, (), 0, 0))) for name in "ab"
+    ]
+    run = Run(1.0, ("answer",), 1, 1)
+    measured = {("off", "harmless"): {0: run}, ("a", "harmless"): {0: run, 1: run}, ("b", "harmless"): {1: run}}
+    made = figures(variants, measured, {})
+    assert list(made) == ["a"] and made["a"]["harmless"].added.n == 1
+
+
+def test_mixed_traffic_counts_by_how_often_an_answer_is_harmful() -> None:
+    # nine pairs of two requests in which nothing happens, and one where a harmful one takes four seconds more
+    mixed = Mixed.of([*[[0.0, 2.0, 0]] * 9, [4.0, 2.0, 1]], at_once=2)
+    assert mixed.harmful == 0.05
+    assert mixed.added.median == pytest.approx(0.2) and mixed.added.low == 0.0 < 0.2 < mixed.added.high
+    assert mixed.lost.median == pytest.approx(4.0 / 24.0) and mixed.lost.high < 0.5
+    with pytest.raises(ValueError, match="no values"):
+        Estimate.of_mean([])
 
 
 def test_an_estimate_has_the_median_and_its_interval() -> None:
