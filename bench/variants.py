@@ -54,8 +54,7 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     """This engine's guards on a forced path, every text of its length; None is no guard at all.
 
     They let the mended answer go as the published scripts do. `-rechecked` are the guards as they ship, which judge
-    it again (here it is refused then, after the same work as for one that passes). `ecso-early` begins the caption
-    before the verdict, which is in vain on the harmless path. `-as-published` run the
+    it again (here it is refused then, after the same work as for one that passes). `-as-published` run the
     published scripts' own prompts and passes on this engine.
     """
     threshold = THRESHOLDS[path]
@@ -80,7 +79,6 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
         "protector-rechecked": replace(protector, recheck=True),
         "ecso": ecso,
         "ecso-continued": replace(ecso, detector=replace(judge, mode="continue")),
-        "ecso-early": replace(ecso, speculate=True),
         "ecso-rechecked": replace(ecso, recheck=True),
         "off-as-published": Guard(name="off", released=protector_script.released),
         "protector-as-published": replace(
@@ -95,7 +93,8 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
 
 
 def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
-    """`forced_guards`, and those on the models that only `bench_engine` has."""
+    """`forced_guards`, and those on the models that only `bench_engine` has. To `protector-alarmed` every beginning
+    looks harmful: it begins the rewrite beside the answer, which on the harmless path is in vain."""
     known = forced_guards(lengths, path)
     separate = known.pop("protector")
     assert separate is not None
@@ -105,6 +104,9 @@ def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     return {
         **known,
         "protector-separate": separate,
+        "protector-alarmed": replace(
+            separate, detector=HarmHead(threshold=threshold, prefix_threshold=THRESHOLDS["harmful"], chunk=32)
+        ),
         "protector-adapter": replace(own, detector=HarmHead("detector-adapter", threshold=threshold)),
         "probe": replace(own, detector=Probe(threshold=threshold)),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from time import perf_counter, sleep
@@ -177,15 +178,17 @@ def test_added_latency_is_a_difference_of_pairs() -> None:
 
 
 def test_work_ahead_of_a_verdict_is_wasted_where_that_is_harmless() -> None:
-    with sources("tiny-llava") as weights:
+    with sources("tiny-llama") as weights:
         models = bench_models(weights, torch.float32)
-    asked = [Asked("A question.", [picture(Random(1))])]
-    _, harmless, harmful = engine_variants(LENGTHS, ("ecso-early",))
-    runs = {v.path: together({"": v.begin(Engine(models=models), asked)}, Random(0))[""] for v in (harmless, harmful)}
-    assert runs["harmless"].passes == ("answer", "caption", "judge")
-    assert runs["harmless"].wasted_tokens > 0 and 0.0 < runs["harmless"].wasted < runs["harmless"].exposed
-    assert (runs["harmful"].wasted_tokens, runs["harmful"].wasted) == (0, 0.0)
-    assert Run.of(json.loads(json.dumps(runs["harmless"]))) == runs["harmless"]
+    runs = {}
+    for variant in engine_variants(replace(LENGTHS, answer=80), ("protector-separate", "protector-alarmed")):
+        begun = variant.begin(Engine(models=models), [Asked("A question.", [])])
+        runs[variant.name, variant.path] = together({"": begun}, Random(0))[""]
+    alarmed = runs["protector-alarmed", "harmless"]
+    assert alarmed.wasted_tokens > 30 and 0.0 < alarmed.wasted < alarmed.seconds
+    for key in (("protector-alarmed", "harmful"), ("protector-separate", "harmless")):
+        assert (runs[key].wasted_tokens, runs[key].wasted) == (0, 0.0)
+    assert Run.of(json.loads(json.dumps(alarmed))) == alarmed
 
 
 def test_what_was_not_measured_yet_is_left_out() -> None:
