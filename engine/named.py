@@ -44,7 +44,7 @@ class EngineNames:
             self.model,
             outside or (None if self.detector is None else detector_named(self.detector)),
             None if self.detoxifier is None else source_named(self.detoxifier),
-            device=None if self.device is None else _device(self.device),
+            device=None if self.device is None else device_named(self.device),
             dtype=None if self.dtype is None else getattr(torch, DTYPES[self.dtype]),
         )
 
@@ -102,7 +102,8 @@ def detector_named(text: str) -> DetectorSource:
     return Classifier(source, tuple(int(label) if label.isdecimal() else label for label in labels.split("+")))
 
 
-def _device(text: str) -> str:
+def device_named(text: str) -> str:
+    """Raises `BadInput` for a device that is not there."""
     import torch
 
     if text == "cpu" or (text.startswith("cuda") and torch.cuda.is_available()):

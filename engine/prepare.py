@@ -112,7 +112,7 @@ def outside_tokens(model: OutsideDetector, step: Score) -> tuple[list[int], int]
         raise PromptTooLong(
             f"the {step.label} prompt has {len(tokens):,} tokens; {model.name} takes {model.context:,}"
         )
-    return tokens, _pool_from(model.codec, step.prompt, step.pool_from, tokens)
+    return tokens, first_pooled(model.codec, step.prompt, step.pool_from, tokens)
 
 
 def new_sequence(
@@ -158,13 +158,13 @@ def _variants(model: Model, word: str) -> tuple[int, ...]:
 def _scored_from(model: Model, step: Score, tokens: list[int]) -> int:
     """The first token that a mean is over."""
     if not isinstance(step.prompt, Continue):
-        return _pool_from(model.codec, step.prompt, step.pool_from, tokens)
+        return first_pooled(model.codec, step.prompt, step.pool_from, tokens)
     stream = step.prompt.answer.stream
     assert stream is not None
     return stream.prompt_tokens
 
 
-def _pool_from(codec: Codec, segments: tuple[Segment, ...], pooled: int, tokens: list[int]) -> int:
+def first_pooled(codec: Codec, segments: tuple[Segment, ...], pooled: int, tokens: list[int]) -> int:
     """The first token that holds a character of the segments from `pooled` on: behind the longest common beginning of
     the text with and without them."""
     if pooled == 0:

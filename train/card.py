@@ -105,7 +105,7 @@ class Card:
             f"chat models; {knows}; it was not tested on answers written to deceive it; and it clears nearly every "
             "text of a few tokens, whatever that says.",
             "## Data",
-            self._data(),
+            data_table(self.sizes),
             "A text counts once, in the first part it appears in; case and white space make no difference. Split by "
             "question (GPTFuzz, AlpacaEval, XSTest) and by behavior (JailbreakBench), never by answer; seed "
             f"{self.seed}. GPTFuzz's test part is its published evaluation file without the texts that also stand in "
@@ -118,7 +118,7 @@ class Card:
             "Flagged in the test part (of the harmful answers all should be, of the others none): whole answers at "
             "the threshold; answers of which some beginning is below the prefix threshold; and the median length of "
             "the first such beginning.",
-            _table(
+            table(
                 ("kind of answer", "set", "answers", "flagged", "a beginning is", "after tokens"),
                 [
                     (row.kind, row.source, row.answers, f"{row.share:.1%}", f"{row.early:.1%}", _count(row.tokens))
@@ -129,7 +129,7 @@ class Card:
             "AUROC of harmful against all harmless answers in the validation part after a fit on the training part, "
             f"for the best L2 penalty of each. Chosen: layer {spec.layer}, {spec.pooling}, {self.penalty:g}: the "
             "lowest layer that is as good as the best. The head was then fitted on both parts.",
-            _table(
+            table(
                 ("layer", "pooling", "penalty", "AUROC"),
                 [(c.layer, c.pooling, f"{c.penalty:g}", f"{c.auroc:.4f}") for c in self.candidates],
             ),
@@ -149,26 +149,28 @@ class Card:
             "so on."
         ]
 
-    def _data(self) -> str:
-        rows: list[tuple[object, ...]] = []
-        for source, kind in sorted({(source, kind) for source, _, kind in self.sizes}):
-            counts = [self.sizes.get((source, part, kind), 0) for part in Part]
-            rows.append((source, kind, *counts, SETS[source].license, SETS[source].origin))
-        return _table(("set", "kind of answer", *Part, "license", "from"), rows)
-
     def _quality(self) -> str:
         rows: list[tuple[object, ...]] = []
         for where, quality in (("train and validation, out of fold", self.unseen), ("test", self.test)):
             shares = (f"{share:.3f}" for share in (quality.tpr_at_1, quality.tpr_at_5, quality.tpr))
             rows.append((where, quality.harmful, quality.harmless, f"{quality.auroc:.4f}", *shares))
         head = ("part", "harmful", "harmless", "AUROC", "TPR at 1 % FPR", "TPR at 5 % FPR", "TPR at the threshold")
-        return _table(head, rows)
+        return table(head, rows)
 
 
 def _count(tokens: float | None) -> str:
     return "" if tokens is None else f"{tokens:.0f}"
 
 
-def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def data_table(sizes: dict[tuple[Source, Part, Kind], int]) -> str:
+    """How many answers of each set and kind are in each part, and where they are from."""
+    rows: list[tuple[object, ...]] = []
+    for source, kind in sorted({(source, kind) for source, _, kind in sizes}):
+        counts = [sizes.get((source, part, kind), 0) for part in Part]
+        rows.append((source, kind, *counts, SETS[source].license, SETS[source].origin))
+    return table(("set", "kind of answer", *Part, "license", "from"), rows)
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -10,7 +10,6 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import exp
 from pathlib import Path
 
@@ -18,18 +17,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..engine.engine import Engine
 from ..engine.errors import BadInput, CacheWriteFailed
 from ..engine.models.bundles import smol_folder
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, save_head
-from ..engine.models.loader import BUNDLES, ModelSet, load_models
+from ..engine.models.loader import BUNDLES, load_models
 from ..engine.models.model import Model
-from ..engine.sampling import SamplingParams
-from .beginnings import found_after, prefix_threshold
-from .card import Candidate, Card, Flagged, Pooling, Quality
-from .data import DataInvalid, Example, Kind, Part, Source, read_examples, read_questions, sizes, unique
+from .answered import answered
+from .beginnings import prefix_threshold
+from .card import Candidate, Card, Pooling, Quality
+from .data import Example, Kind, Part, Source, read_examples, read_questions, sizes, unique
 from .features import Features, passage, pooled_states
 from .fit import Fit, auroc, fit_logistic, threshold_at
+from .quality import Beginnings, flagged, quality, where
+from .rows import DataInvalid
 from .sample import Sample
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +42,6 @@ HELPFUL_FLAGGED = 0.0125  # share of helpful answers that the threshold flags
 # Share of harmless answers of which the prefix threshold flags a beginning. What is held back is shown a moment
 # later; what was shown cannot be taken back.
 BEGINNING_FLAGGED = 0.1
-OWN_TOKENS = 96  # of an answer that the model itself gives
 TIE = 0.001  # of AUROC: within it the lowest layer wins, since the detector runs no further than that
 FOLDS = 5  # of the final fit, for its thresholds
 POOLINGS: dict[str, tuple[Pooling, ...]] = {"response": ("last", "mean"), IN_CONTEXT: ("mean",)}  # by template
@@ -85,7 +84,7 @@ def fit_probe(
     models = load_models(smol_folder() if str(model) in BUNDLES else model)
     base = models.models["mllm"]
     chosen = _layers(layers, base.depth, template)
-    examples = unique([*examples, *_answered(models, questions, progress)])
+    examples = unique([*examples, *answered(models, questions, progress)])
     parts = {part: [example for example in examples if example.part is part] for part in Part}
     features = {part: _features(base, template, part, some, chosen, progress) for part, some in parts.items()}
     samples = {
@@ -100,7 +99,7 @@ def fit_probe(
     fit = _fit(fitted, (penalty,))[0]
     unseen, unseen_beginnings = _out_of_fold(fitted, penalty, seed)
     # The bias moves the threshold to 0.5: the score at which the allowed share of helpful answers is flagged.
-    shift = threshold_at(unseen[_where(fitted.examples, Kind.HELPFUL)], HELPFUL_FLAGGED)
+    shift = threshold_at(unseen[where(fitted.examples, Kind.HELPFUL)], HELPFUL_FLAGGED)
     fit = Fit(fit.weight, fit.bias - shift)
     early = None
     if pooling == "mean":
@@ -128,9 +127,11 @@ def fit_probe(
         beginning_flagged=BEGINNING_FLAGGED,
         sizes=sizes(examples),
         candidates=_best_of_each(candidates),
-        unseen=_quality(fitted.examples, unseen - shift),
-        test=_quality(test.examples, logits),
-        flagged=_flagged(test, logits, fit.logits(test.beginnings), early),
+        unseen=_of_gptfuzz(fitted.examples, unseen - shift),
+        test=_of_gptfuzz(test.examples, logits),
+        flagged=flagged(
+            test.examples, logits, Beginnings(fit.logits(test.beginnings), test.owners, test.lengths), early
+        ),
         versions=_versions(base),
     )
     _write(head, card, out)
@@ -170,23 +171,6 @@ def _check(examples: Sequence[Example]) -> None:
                 raise DataInvalid(f"no {kind} answer of {source} is left for the {part} part; more data is needed")
 
 
-def _answered(models: ModelSet, questions: Sequence[Example], progress: Progress | None) -> list[Example]:
-    """The questions with the model's own answers, greedy."""
-    engine = Engine(models=models)
-    requests = [engine.submit(item.question, sampling=SamplingParams(max_tokens=OWN_TOKENS)) for item in questions]
-    while engine.has_work:
-        engine.step()
-        done = sum(request.reply is not None for request in requests)
-        if progress is not None and done:
-            progress("answering", done, len(requests))
-    replies = [request.reply for request in requests]
-    return [
-        replace(item, text=reply.text.strip())
-        for item, reply in zip(questions, replies, strict=True)
-        if reply is not None
-    ]
-
-
 def _features(
     model: Model,
     template: str,
@@ -208,7 +192,7 @@ def _fit(sample: Sample, penalties: Sequence[float]) -> list[Fit]:
     """Of whole answers alone: with their beginnings in it, weighted, a fit told beginnings apart better on the whole
     (AUROC 0.94 for 0.92), but at the prefix threshold it found fewer of the harmful answers (40 % for 47 %)."""
     counts = torch.ones(len(sample.examples))
-    counts[_where(sample.examples, Kind.HELPFUL)] = HELPFUL_WEIGHT
+    counts[where(sample.examples, Kind.HELPFUL)] = HELPFUL_WEIGHT
     return fit_logistic(sample.states, sample.harmless, counts, penalties)
 
 
@@ -249,33 +233,10 @@ def _best_of_each(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list(best.values())
 
 
-def _where(examples: Sequence[Example], kind: Kind, source: Source | None = None) -> Tensor:
-    return torch.tensor([example.kind is kind and source in (None, example.source) for example in examples])
-
-
-def _quality(examples: Sequence[Example], logits: Tensor) -> Quality:
+def _of_gptfuzz(examples: Sequence[Example], logits: Tensor) -> Quality:
     """Of GPTFuzz alone, the set that others report."""
-    harmful = logits[_where(examples, Kind.HARMFUL, Source.GPTFUZZ)]
-    harmless = logits[_where(examples, Kind.REFUSING, Source.GPTFUZZ)]
-    at_1, at_5 = (float((harmful < threshold_at(harmless, share)).double().mean()) for share in (0.01, 0.05))
-    caught = float((harmful < 0).double().mean())
-    return Quality(len(harmful), len(harmless), auroc(harmless, harmful), at_1, at_5, caught)
-
-
-def _flagged(sample: Sample, logits: Tensor, beginnings: Tensor, early: float | None) -> list[Flagged]:
-    found = torch.full((len(logits),), torch.inf)
-    if early is not None:
-        found = found_after(beginnings, sample.owners, sample.lengths, len(logits), early)
-    rows = []
-    for kind in Kind:
-        for source in Source:
-            some = _where(sample.examples, kind, source)
-            if some.any():
-                soon = found[some]
-                tokens = float(soon[soon.isfinite()].median()) if soon.isfinite().any() else None
-                share = float((logits[some] < 0).double().mean())
-                rows.append(Flagged(source, kind, len(soon), share, float(soon.isfinite().double().mean()), tokens))
-    return rows
+    kinds = (Kind.HARMFUL, Kind.REFUSING)
+    return quality(*(logits[where(examples, kind, Source.GPTFUZZ)] for kind in kinds))
 
 
 def _sigmoid(logit: float) -> float:

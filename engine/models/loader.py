@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from ..errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from ..outside import OutsideDetector
 from ..text import Codec
-from .adapters import Adapter, read_adapter
+from .adapters import Adapter, is_adapter, read_adapter
 from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
@@ -162,7 +162,8 @@ class _Loader:
             decoder.depth,
             image_token_id=loaded.codec.image_id,
             max_images=(context - 1) // vision.fewest_tokens if vision is not None else 0,
-            chat_only=str(source) in BUNDLES,
+            # merged into a bundle, an adapter changes nothing about the prompts it understands
+            chat_only=str(source[1] if isinstance(source, tuple) else source) in BUNDLES,
         )
 
     def detector(self, name: str, source: Checkpointed | Classifier, mllm: Model) -> Model:
@@ -172,7 +173,22 @@ class _Loader:
             return _text_head(name, self.generator(name, source), SMOL_DETECTOR, self.device)
         if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
             return _text_head(name, mllm, Path(source), self.device)
+        path, base = source if isinstance(source, tuple) else (source, None)
+        if (Path(path) / HEAD_FILE).is_file():
+            return self._with_head_file(name, Path(path), base)
         return self._classifier(name, Classifier(source))
+
+    def _with_head_file(self, name: str, path: Path, base: str | Path | None) -> Model:
+        """A folder with weights, or an adapter to merge, and the head that was trained with them: it states the hash
+        of the weights, of an adapter's base."""
+        if is_adapter(path):
+            base = base or read_adapter(path).base or ""
+            own = open_checkpoint(_local(base)).content_hash()
+            model = self.generator(name, (path, base))
+        else:
+            model = self.generator(name, path)
+            own = model.backbone.content_hash
+        return _text_head(name, model, path / HEAD_FILE, self.device, own)
 
     def _classifier(self, name: str, source: Classifier) -> Model:
         loaded = self._load(source.source, classifier=True)
@@ -201,14 +217,14 @@ class _Loader:
 
     def _read(self, source: Checkpointed) -> _Loaded:
         path, base = source if isinstance(source, tuple) else (source, None)
-        checkpoint = open_checkpoint(smol_folder() if str(path) in BUNDLES else path, base)
+        checkpoint = open_checkpoint(_local(path), None if base is None else _local(base))
         classifier = "score.weight" in checkpoint.shapes
         try:
-            tied = _tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
+            tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
             parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, self.device, self.dtype)
         except UnknownArchitecture as refusal:
             return self._fall_back(checkpoint, refusal)
-        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), _codec(checkpoint))
+        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
 
     def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
         # importing the module classes of transformers takes a second, and most models need none
@@ -221,13 +237,13 @@ class _Loader:
             decoder, content_hash = load_fallback(checkpoint, self.device, self.dtype)
         except UnknownArchitecture as error:
             raise UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}") from error
-        return _Loaded(Backbone(decoder, content_hash), _codec(checkpoint), checkpoint.config, None)
+        return _Loaded(Backbone(decoder, content_hash), codec_of(checkpoint), checkpoint.config, None)
 
     def _random(self, name: str, classifier: bool) -> _Loaded:
         config = named_config(name)
         assert config is not None
         config.num_labels = 1 if classifier else config.num_labels
-        parts = _Parts(config, classifier, None, _tied(config, False), self.device, self.dtype)
+        parts = _Parts(config, classifier, None, is_tied(config, False), self.device, self.dtype)
         generator = torch.Generator(self.device).manual_seed(0)
         for slot, tensor in parts.slots.items():
             tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
@@ -250,7 +266,7 @@ class _Parts:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        text = _text_config(config)
+        text = text_config(config)
         self.config = config
         shape = DecoderConfig.from_pretrained(text, tied)
         self.decoder = Decoder(shape, device, dtype, with_head=not classifier)
@@ -309,9 +325,15 @@ def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) ->
     return hasher.hexdigest()
 
 
-def _text_head(name: str, base: Model, path: Path, device: torch.device) -> Model:
-    """A detector that is a head on another model's backbone: it runs the layers below the head only."""
-    model = _head_on(name, base, path, device)
+def _local(source: str | Path) -> str | Path:
+    """A bundle's folder; any other source as it is."""
+    return smol_folder() if str(source) in BUNDLES else source
+
+
+def _text_head(name: str, base: Model, path: Path, device: torch.device, weights: str | None = None) -> Model:
+    """A detector that is a head on another model's backbone: it runs the layers below the head only. weights: the
+    hash that the head must state, None for the backbone's."""
+    model = _head_on(name, base, path, device, weights or base.backbone.content_hash)
     assert model.head is not None
     if model.head.spec.template == IN_CONTEXT:
         raise CheckpointMismatch(
@@ -322,7 +344,7 @@ def _text_head(name: str, base: Model, path: Path, device: torch.device) -> Mode
 
 def _in_context(name: str, mllm: Model, path: Path, device: torch.device) -> Model:
     """A head on the states of the MLLM's own answers."""
-    model = _head_on(name, mllm, path, device)
+    model = _head_on(name, mllm, path, device, mllm.backbone.content_hash)
     assert model.head is not None
     spec = model.head.spec
     if (spec.template, spec.pooling) != (IN_CONTEXT, "mean"):
@@ -333,7 +355,7 @@ def _in_context(name: str, mllm: Model, path: Path, device: torch.device) -> Mod
     return model
 
 
-def _head_on(name: str, base: Model, path: Path, device: torch.device) -> Model:
+def _head_on(name: str, base: Model, path: Path, device: torch.device, weights: str) -> Model:
     head = load_head(path).to(device)
     spec, config = head.spec, base.backbone.decoder.config
     if head.weight.shape[0] != config.hidden_size or not 1 <= spec.layer <= config.layers:
@@ -341,7 +363,7 @@ def _head_on(name: str, base: Model, path: Path, device: torch.device) -> Model:
             f"{path} is a head for {head.weight.shape[0]} features after layer {spec.layer}; the model has "
             f"{config.hidden_size} features and {config.layers} layers"
         )
-    if spec.backbone_hash is not None and spec.backbone_hash != base.backbone.content_hash:
+    if spec.backbone_hash is not None and spec.backbone_hash != weights:
         raise CheckpointMismatch(f"{path} was fitted on other weights than these; its scores would mean nothing here")
     return replace(base, name=name, depth=spec.layer, head=head)
 
@@ -436,7 +458,8 @@ def load_tokenizer(source: Path) -> Any:
     return tokenizer
 
 
-def _codec(checkpoint: Checkpoint) -> Codec:
+def codec_of(checkpoint: Checkpoint) -> Codec:
+    """How its texts are encoded and decoded. Raises `CheckpointMissing` or `UnknownArchitecture`."""
     source = checkpoint.tokenizer_path
     tokenizer = load_tokenizer(source)
     folder = source.parent if source.suffix == ".gguf" else source
@@ -467,7 +490,8 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _text_config(config: PretrainedConfig) -> Any:
+def text_config(config: PretrainedConfig) -> Any:
+    """Of the decoder. Raises `UnknownArchitecture` where there is none that the engine runs."""
     if config.model_type in (*ADAPTERS, *TEXT_ONLY):
         return config.get_text_config()
     if config.model_type not in FAMILIES:
@@ -477,10 +501,10 @@ def _text_config(config: PretrainedConfig) -> Any:
     return config
 
 
-def _tied(config: PretrainedConfig, stored: bool) -> bool:
+def is_tied(config: PretrainedConfig, stored: bool) -> bool:
     """Whether the output matrix is the embedding. Of a model with eyes two configurations say it, which may disagree:
     a matrix of its own, if `stored`, is used."""
-    text = _text_config(config)
+    text = text_config(config)
     if text is config:
         return bool(config.tie_word_embeddings)
     return not stored and any(getattr(part, "tie_word_embeddings", False) for part in (config, text))

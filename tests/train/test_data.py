@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stockade.train.data import DataInvalid, DataMissing, Kind, Part, Source, read_examples, read_questions, sizes
+from stockade.train.data import Kind, Part, Source, read_examples, read_questions, sizes
+from stockade.train.rows import DataInvalid, DataMissing
 
 FILES = (
     "gptfuzz/responses_train.csv",

@@ -22,10 +22,11 @@ from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
 from stockade.train.beginnings import found_after, prefix_threshold
 from stockade.train.card import Candidate, Card
-from stockade.train.data import DataInvalid, Kind, Part, Source, read_examples, read_questions, sizes
+from stockade.train.data import Kind, Part, Source, read_examples, read_questions, sizes
 from stockade.train.features import Passage, passage, pooled_states
 from stockade.train.fit import auroc, fit_logistic, threshold_at
 from stockade.train.probe import choose, fit_probe
+from stockade.train.rows import DataInvalid
 from stockade.train.sample import Sample
 
 TEXTS = ["one", "a little more text", "and something longer than the others: " + "word " * 40]

@@ -1,0 +1,161 @@
+"""A checkpoint as a `transformers` model that can be trained, cut off above a layer, with a `peft` adapter.
+
+It reads whatever the engine reads, so what was trained is what is served.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ..engine.errors import BadInput, CheckpointMismatch, MissingExtra, UnknownArchitecture
+from ..engine.models.bundles import smol_folder
+from ..engine.models.checkpoint import ContentHash, open_checkpoint
+from ..engine.models.loader import BUNDLES, codec_of, is_tied, text_config
+from ..engine.text import Codec
+from .recipe import Recipe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others scale embeddings or norms, or fuse their linear maps
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """model: a causal language model of `layers` layers, a `PeftModel` once it is adapted. content_hash: of all of
+    the checkpoint's weights. norm, head: its final norm and output matrix. depth: layers of the whole checkpoint."""
+
+    source: str
+    model: Any
+    codec: Codec
+    content_hash: str
+    layers: int
+    context: int
+    norm: Any
+    head: nn.Module
+    depth: int
+    device: torch.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    def run_states_only(self, normed: bool) -> None:
+        """Leave out of what is run what only logits need, and the final norm unless states are to be `normed`; to be
+        called before the model is adapted."""
+        self.model.lm_head = nn.Identity()
+        if not normed:
+            self.model.model.norm = nn.Identity()
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder, or all of the model with its tokenizer."""
+        if not hasattr(self.model, "peft_config"):
+            self.model.model.norm, self.model.lm_head = self.norm, self.head
+            self.codec.tokenizer.save_pretrained(folder)
+        self.model.save_pretrained(folder)
+
+    def states(self, ids: Tensor, active: Sequence[int] | None = None) -> Tensor:
+        """[rows, tokens, hidden] after the last layer, normed unless `run_states_only` said otherwise.
+
+        active: of an activated adapter, each row's first token that it applies to. ids [rows, tokens] are padded on
+        the right, where nothing that counts looks: no mask is needed, and attention takes its fast causal path.
+        """
+        return self._run(ids, active, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+
+    def logits(self, ids: Tensor, active: Sequence[int] | None = None) -> Tensor:
+        """[rows, tokens, vocabulary]; as in `states`."""
+        return self._run(ids, active).logits
+
+    def _run(self, ids: Tensor, active: Sequence[int] | None, **more: Any) -> Any:
+        if active is not None:
+            # counted from the end, padding included; `peft` would search for the invocation, which a text may spell
+            more["alora_offsets"] = [ids.shape[1] - first for first in active]
+        return self.model(input_ids=ids, use_cache=False, **more)
+
+
+def open_backbone(
+    source: str | Path,
+    *,
+    layers: int | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Backbone:
+    """Read a checkpoint folder, a GGUF file or a bundle; of a LLaVA its language model.
+
+    layers: how many of them to keep, None for all.
+    Raises `BadInput` for layers it does not have, `UnknownArchitecture` for other families than `FAMILIES`, and any
+    `CheckpointError`.
+    """
+    checkpoint = open_checkpoint(smol_folder() if str(source) in BUNDLES else source)
+    config = copy.deepcopy(text_config(checkpoint.config))
+    if config.model_type not in FAMILIES:
+        raise UnknownArchitecture(f"{config.model_type} decoders are not trained here; {', '.join(FAMILIES)} are")
+    config.tie_word_embeddings = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
+    depth = config.num_hidden_layers
+    if layers is not None and not 1 <= layers <= depth:
+        raise BadInput(f"layer must be 1 to {depth}, the model's own, not {layers}")
+    config.num_hidden_layers = layers or depth
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    slots = dict(model.named_parameters())
+    hasher = ContentHash()
+    with torch.no_grad():
+        for name, tensor in checkpoint.tensors(hasher):
+            if name in slots:
+                slots.pop(name).copy_(tensor)
+    if slots:
+        raise CheckpointMismatch(f"{source} lacks {', '.join(sorted(slots)[:3])}; a base is a whole language model")
+    model.name_or_path = str(source)
+    model.to(device)
+    codec = codec_of(checkpoint)
+    return Backbone(
+        str(source),
+        model,
+        codec,
+        hasher.hexdigest(),
+        config.num_hidden_layers,
+        config.max_position_embeddings,
+        model.model.norm,
+        model.lm_head,
+        depth,
+        device,
+    )
+
+
+def adapt(backbone: Backbone, recipe: Recipe, invocation: Sequence[int] = ()) -> Backbone:
+    """The backbone with a fresh LoRA on `recipe.targets` of all its layers, in fp32; the rest is frozen. For "full"
+    nothing is added and everything is trained.
+
+    Raises `MissingExtra` without `peft`.
+    """
+    if recipe.adapter == "full":
+        return backbone
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtra("adapters are trained with peft: pip install 'stockade[train]'") from None
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.targets),
+        layers_to_transform=list(range(backbone.layers)),
+        base_model_name_or_path=backbone.source,
+        alora_invocation_tokens=list(invocation) or None,
+    )
+    model = get_peft_model(backbone.model, config)
+    model.peft_config["default"].base_model_name_or_path = backbone.source
+    return replace(backbone, model=model)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,198 @@
+"""`stockade train detector` and its like, one small function a command. Slow imports are made in there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..engine.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+    from .recipe import Recipe
+
+train_app = typer.Typer()
+
+BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint folder, a GGUF file or a bundle.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="A new folder; the same command goes on with an interrupted run.")
+]
+AdapterOption = Annotated[
+    str, typer.Option("--adapter", help="lora, alora (activated: on the MLLM's own weights) or full (all weights).")
+]
+RateOption = Annotated[float, typer.Option("--rate", help="Learning rate.")]
+EpochsOption = Annotated[int, typer.Option("--epochs", min=1)]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Examples a step.")]
+LengthOption = Annotated[int, typer.Option("--max-tokens", min=8, help="Of a training example.")]
+WarmupOption = Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises.")]
+DecayOption = Annotated[float, typer.Option("--weight-decay")]
+RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of the LoRA.")]
+AlphaOption = Annotated[int, typer.Option("--alpha", min=1, help="Of the LoRA.")]
+DropoutOption = Annotated[float, typer.Option("--dropout", help="Of the LoRA.")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="A linear map that gets a LoRA; repeatable. (default: q_proj, v_proj)"),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of weights, order, dropout and splits.")]
+SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows of the wrong form, and count them.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="bf16 or fp32, of frozen weights; adapters are fp32.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Texts of each kind at most.")]
+
+
+@train_app.command()
+def detector(
+    base: BaseArgument,
+    data: Annotated[Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the data sets.")],
+    out: OutOption,
+    adapter: AdapterOption = "lora",
+    template: Annotated[str, typer.Option("--template", help="response or question_answer.")] = "response",
+    layer: Annotated[int | None, typer.Option("--layer", min=1, help="Of the head. (default: the last)")] = None,
+    pooling: Annotated[str, typer.Option("--pooling", help="last or mean.")] = "last",
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="The released script's loss of pairs.")] = False,
+    beginnings: Annotated[
+        float, typer.Option("--beginnings", min=0, help="Weight of the loss of the lowest score of any beginning.")
+    ] = 0.0,
+    false_positives: Annotated[
+        float, typer.Option("--false-positives", help="Share of harmless answers that the threshold flags.")
+    ] = 0.01,
+    invocation: Annotated[
+        str | None, typer.Option("--invocation", help="Text from which on an activated adapter applies.")
+    ] = None,
+    rate: RateOption = 2e-5,
+    head_rate: Annotated[float | None, typer.Option("--head-rate", help="Of the head. (default: --rate)")] = None,
+    epochs: EpochsOption = 4,
+    batch: BatchOption = 4,
+    max_tokens: LengthOption = 512,
+    warmup: WarmupOption = 0.0,
+    weight_decay: DecayOption = 0.0,
+    rank: RankOption = 32,
+    alpha: AlphaOption = 32,
+    dropout: DropoutOption = 0.1,
+    target: TargetOption = None,
+    seed: SeedOption = 0,
+    limit: LimitOption = None,
+    skip_bad: SkipOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "fp32",
+) -> None:
+    """Train a harm detector: one logit on a language model.
+
+    The defaults are the published recipe's.
+    """
+    from typing import get_args
+
+    from rich.markdown import Markdown
+
+    from .card import Pooling
+    from .detector import Form, train_detector
+
+    for value in get_args(Pooling):
+        if value == pooling:
+            how: Pooling = value
+            break
+    else:
+        raise BadInput(f"pooling must be one of {', '.join(get_args(Pooling))}, not {pooling!r}")
+    form = Form(template, layer, how, pairwise, beginnings, false_positives)
+    if invocation is not None:
+        form = replace(form, invocation=invocation)
+    recipe = recipe_of(
+        adapter, rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed, head_rate
+    )
+    console = Console(highlight=False)
+    with telling(console) as told:
+        card = train_detector(
+            base,
+            data,
+            out,
+            form=form,
+            recipe=recipe,
+            limit=limit,
+            skip_bad=skip_bad,
+            device=torch_device(device),
+            dtype=torch_dtype(dtype),
+            progress=told,
+        )
+    console.print(Markdown(card.to_markdown()))
+    console.print(f"Written: {out}")
+
+
+# What the commands share.
+
+
+def recipe_of(
+    adapter: str,
+    rate: float,
+    epochs: int,
+    batch: int,
+    max_tokens: int,
+    warmup: float,
+    weight_decay: float,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target: list[str] | None,
+    seed: int,
+    head_rate: float | None = None,
+) -> Recipe:
+    """Raises `BadInput` for values out of range."""
+    from .recipe import TARGETS, Recipe
+
+    return Recipe(
+        rate=rate,
+        head_rate=rate if head_rate is None else head_rate,
+        epochs=epochs,
+        batch=batch,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_tokens=max_tokens,
+        adapter=adapter,  # type: ignore[arg-type]  # the recipe checks it
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(target or TARGETS),
+        seed=seed,
+    )
+
+
+@contextmanager
+def telling(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left for each thing that is told of: (what is under way, how much is done, of how much)."""
+    from rich.progress import Progress
+
+    tasks: dict[str, Any] = {}
+    with Progress(*Progress.get_default_columns(), console=console) as progress:
+
+        def told(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of)
+            progress.update(tasks[what], completed=done, total=of)
+
+        yield told
+
+
+def torch_device(name: str | None) -> torch.device:
+    """Raises `BadInput` for one that is not there."""
+    import torch
+
+    from ..engine.named import device_named
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else device_named(name))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises `BadInput` for another name than bf16 and fp32."""
+    import torch
+
+    from ..engine.named import DTYPES
+
+    if name not in DTYPES:
+        raise BadInput(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])

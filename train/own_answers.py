@@ -1,0 +1,47 @@
+"""The base's own answers to XSTest's safe prompts, which look alarming and are not: harmless and helpful."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ..engine.errors import InvalidMessage
+from ..engine.models.loader import load_models
+from .answered import answered
+from .data import SETS, Example, Source, read_questions
+from .loop import Progress
+from .rows import Bad, json_rows, refuse
+
+
+def own_answers(
+    base: str | Path,
+    data: Path,
+    kept: Path,
+    *,
+    seed: int,
+    limit: int | None,
+    bad: Bad = refuse,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """None where XSTest is not under `data`, or where the base has no chat template to ask with.
+
+    kept: a file that keeps them, so that an interrupted run goes on with the same ones.
+    Raises `DataInvalid`, or a `CheckpointError`.
+    """
+    if not (data / SETS[Source.XSTEST].folder).is_dir():
+        return []
+    questions = read_questions(data, seed=seed, limit=limit, bad=bad)
+    known = {row["question"]: row["text"] for _, row in json_rows(kept)} if kept.is_file() else {}
+    if known.keys() != {item.question for item in questions}:
+        try:
+            examples = answered(load_models(base), questions, progress)
+        except InvalidMessage:
+            return []
+        known = {item.question: item.text for item in examples}
+        part = kept.with_name(f".{kept.name}.part")
+        lines = (json.dumps({"question": question, "text": text}) for question, text in known.items())
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(part, kept)
+    return [replace(item, text=known[item.question]) for item in questions]
