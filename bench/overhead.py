@@ -71,7 +71,7 @@ class OverheadPlan:
         variants.append(detector_alone(lambda: self._questions.text(config.lengths.answer)))
         self._engines = [Engine(models=models) for variant in variants if variant.path == PATHS[0]]
         own = model.backbone.decoder.dtype
-        mllm, detoxifier = sources.speakers(own, models.device)
+        mllm, detoxifier = sources.speakers(own, models.device, model.backbone.vision)
         variants += published_variants(mllm, sources.scores(own, models.device), detoxifier, config.lengths)
         self.variants = variants
         self._model, self._dtype = sources.name, str(own).removeprefix("torch.")

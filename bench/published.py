@@ -4,6 +4,7 @@ forward. Written from the released code and not from our guards, so that each ca
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     GenerationConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
 from ..engine.errors import CheckpointMismatch
+from ..engine.images import load_image
 from ..engine.models.heads import load_head
 from ..engine.models.shapes import image_processor_for
+from ..engine.models.vision.adapter import VisionAdapter
+from ..engine.models.vision.families import ADAPTERS
 
 REFUSAL = "Sorry, but I can't help you with your request."
 JUDGE_CHARS = 1927  # ECSO's MM-SafetyBench script shows the judge no more of an answer
@@ -74,18 +79,25 @@ class Scores(Protocol):
 class Speaker:
     """A language model, with eyes or without, that decodes greedily.
 
-    ignore_eos: its end tokens end nothing, so that every text has the length that is asked for.
+    ignore_eos: its end tokens end nothing, so that every text has the length that is asked for. vision: what makes
+    pixels and places of images for families other than LLaVA-1.5, many of whose processors need torchvision.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, ignore_eos: bool = False
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        ignore_eos: bool = False,
+        vision: VisionAdapter | None = None,
     ) -> None:
         config = AutoConfig.from_pretrained(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.processor: Any = None
-        cls: Any = AutoModelForCausalLM
+        self.vision = vision
+        cls: Any = AutoModelForImageTextToText if config.model_type in ADAPTERS else AutoModelForCausalLM
         if config.model_type == "llava":
-            cls = LlavaForConditionalGeneration
             self.processor = LlavaProcessor(
                 image_processor=image_processor_for(folder),
                 tokenizer=self.tokenizer,
@@ -108,7 +120,10 @@ class Speaker:
         began = perf_counter()
         inputs = self.inputs(prompt, images)
         count = inputs["input_ids"].shape[1]
-        out = self.model.generate(**inputs, do_sample=False, use_cache=True, **bound)
+        model = self.model
+        if not images and "pixel_values" in inspect.signature(model.generate).parameters:
+            model = model.language_model  # it insists on an image
+        out = model.generate(**inputs, do_sample=False, use_cache=True, **bound)
         ids = out[0, count:].tolist()
         return Ran(label, self.decode(ids), count, len(ids), perf_counter() - began)
 
@@ -116,9 +131,27 @@ class Speaker:
         """The model's inputs for one prompt, on its device."""
         if not images:
             return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+        if self.processor is None:
+            return self._seen(prompt, images).to(self.model.device)
         inputs = self.processor(text=prompt, images=list(images), return_tensors="pt")
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs.to(self.model.device)
+
+    def _seen(self, prompt: str, images: Sequence[Image]) -> BatchEncoding:
+        assert self.vision is not None, "a model with eyes was not given them"
+        prepared = self.vision.prepare([load_image(image) for image in images], prompt.replace("<image>", ""))
+        waiting = iter(prepared)
+        ids: list[int] = []
+        token = self.tokenizer.convert_ids_to_tokens(self.vision.image_token_id)
+        for id in self.tokenizer(prompt.replace("<image>", token))["input_ids"]:
+            ids += next(waiting).place.ids if id == self.vision.image_token_id else [id]
+        row = torch.tensor([ids])
+        inputs = {name: torch.cat([image.inputs[name] for image in prepared]) for name in prepared[0].inputs}
+        if self.model.config.model_type in ("idefics3", "smolvlm"):
+            inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}  # of one prompt
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["mm_token_type_ids"] = (row == self.vision.image_token_id).long()
+        return BatchEncoding({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

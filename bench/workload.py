@@ -19,6 +19,7 @@ from ..engine.errors import BadInput
 from ..engine.models.bundles import smol_folder
 from ..engine.models.loader import BUNDLES, SMOL_DETECTOR
 from ..engine.models.shapes import NAMED_SHAPES
+from ..engine.models.vision.adapter import VisionAdapter
 from .checkpoints import SMOL_LLAVA, save_classifier, save_shape, save_smol_llava
 from .published import Classifier, Probe, Scores, Speaker
 
@@ -61,9 +62,11 @@ class Sources:
             return Probe(self.detector, self.folder, dtype, device)
         return Classifier(self.detector, dtype, device)
 
-    def speakers(self, dtype: torch.dtype, device: torch.device) -> tuple[Speaker, Speaker]:
-        """The MLLM and the detoxifier on `transformers`, every text of the length that is asked for."""
-        mllm = Speaker(self.folder, dtype, device, ignore_eos=True)
+    def speakers(
+        self, dtype: torch.dtype, device: torch.device, vision: VisionAdapter | None = None
+    ) -> tuple[Speaker, Speaker]:
+        """The MLLM (vision: its eyes) and the detoxifier on `transformers`, every text of the length asked for."""
+        mllm = Speaker(self.folder, dtype, device, ignore_eos=True, vision=vision)
         if self.detoxifier == self.folder:
             return mllm, mllm
         return mllm, Speaker(self.detoxifier, dtype, device, ignore_eos=True)

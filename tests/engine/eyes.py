@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from stockade.bench.published import Lengths, PublishedEcso, Speaker
+from stockade.bench.variants import forced_guards
 from stockade.engine.engine import Engine
 from stockade.engine.errors import TooManyImageTokens
 from stockade.engine.guards import Guard
@@ -248,6 +250,17 @@ class FamilyTests:
             _, exact = last_logits(self.new(models), messages)
             _, near = last_logits(self.new(halves), messages)
             assert torch.cosine_similarity(exact, near.float(), 0) > 0.99
+
+    def test_the_bench_holds_it_against_the_published_pipeline(self, folder: Path, models: ModelSet) -> None:
+        lengths = Lengths(answer=5, judge=2, caption=4, mended=3)
+        speaker = Speaker(folder, torch.float32, ignore_eos=True, vision=models.models["mllm"].backbone.vision)
+        want = PublishedEcso(speaker, 2.0, lengths).answer("What?", PICTURES[:1])
+        guard = forced_guards(lengths, "harmful")["ecso-as-published"]
+        reply = self.new(models).chat([chat("What?", PICTURES[0])], guard=guard)[0]
+        assert [(one.label, one.prompt_tokens) for one in reply.passes] == [
+            (one.label, one.prompt_tokens) for one in want.passes
+        ]
+        assert reply.text == want.text
 
     def test_what_cannot_fit_is_refused_before_it_is_processed(
         self, models: ModelSet, monkeypatch: pytest.MonkeyPatch
