@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from .engine.chat import Chat
     from .engine.engine import Engine
     from .engine.errors import StockadeError
-    from .engine.guards import Cascade, Detoxify, EyesClosed, Guard, HarmHead, Probe, Refuse, SelfJudge
+    from .engine.guards import (
+        Cascade,
+        Detoxify,
+        EyesClosed,
+        GenerativeGuard,
+        Guard,
+        HarmHead,
+        Probe,
+        Refuse,
+        SelfJudge,
+    )
     from .engine.images import ImageLimits
     from .engine.models.loader import Attached, Classifier
     from .engine.request import FinishReason, Outcome, PassRecord, Replaced, Reply, Verdict
@@ -30,6 +40,7 @@ __all__ = [
     "Engine",
     "EyesClosed",
     "FinishReason",
+    "GenerativeGuard",
     "Guard",
     "HarmHead",
     "ImageLimits",
@@ -56,6 +67,7 @@ _HOMES = {
     "Engine": "engine",
     "EyesClosed": "guards",
     "FinishReason": "request",
+    "GenerativeGuard": "guards",
     "Guard": "guards",
     "HarmHead": "guards",
     "ImageLimits": "images",

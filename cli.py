@@ -31,8 +31,9 @@ DetectorOption = Annotated[
     str | None,
     typer.Option(
         "--detector",
-        help="Like --model, or a head file; harm=LABEL:CLASSIFIER says which label is harm, ADAPTER,BASE merges an "
-        "adapter, attach:ADAPTER uses the model's weights, onnx:FOLDER runs an exported one beside the engine.",
+        help="Like --model (a guard model: with its name as --guard), or a head file; harm=LABEL:CLASSIFIER says "
+        "which label is harm, ADAPTER,BASE merges an adapter, attach:ADAPTER uses the model's weights, onnx:FOLDER "
+        "runs an exported one beside the engine.",
     ),
 ]
 DetoxifierOption = Annotated[
@@ -40,7 +41,7 @@ DetoxifierOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
-GuardOption = Annotated[str, typer.Option("--guard", help="off, protector, probe or ecso.")]
+GuardOption = Annotated[str, typer.Option("--guard", help=f"{', '.join(GUARDS)}.")]
 ThresholdOption = Annotated[
     float | None, typer.Option("--threshold", help="Harmful is a score below it. (default: the guard's own)")
 ]

@@ -154,7 +154,9 @@ def introduction(model: str, questions: int, guards: Sequence[str]) -> Group:
     )
     about = Table.grid(padding=(0, 2))
     for name in guards:
-        about.add_row("", Text(name, "bold"), GUARDS_SAID[name])
+        about.add_row(
+            "", Text(name, "bold"), GUARDS_SAID.get(name, "a guard model reads the answer and says its verdict")
+        )
     return Group(Text("stockade demo", "bold"), Text(text), Text(), about, Text())
 
 

@@ -306,6 +306,7 @@ def _traits(model: Model, lanes: list[Lane]) -> ModelTraits:
         continues=bool(model.invocation),
         in_context=template == IN_CONTEXT,
         threshold=threshold,
+        special_tokens=model.codec.special_tokens,
     )
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .outside import OutsideDetector
     from .passes import ReleaseMode
 
-GUARDS = ("off", "protector", "probe", "ecso")
+GUARD_MODELS = ("llama-guard-3", "llama-guard-3-1b", "qwen3guard", "shieldgemma", "granite-guardian-3.1")
+GUARDS = ("off", "protector", "probe", "ecso", *GUARD_MODELS)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -50,8 +51,11 @@ class EngineNames:
 
 
 def guard_named(name: str, threshold: float | None = None, published: bool = False) -> Guard:
-    """The guard of that name. Raises `InvalidGuard` for another name, or a threshold for `off`."""
-    from .guards import Guard
+    """The guard of that name; that of a guard model refuses what its detector finds harmful.
+
+    Raises `InvalidGuard` for another name, or a threshold for `off`.
+    """
+    from .guards import GenerativeGuard, Guard
 
     match name:
         case "off" if threshold is None and not published:
@@ -66,6 +70,11 @@ def guard_named(name: str, threshold: float | None = None, published: bool = Fal
             raise InvalidGuard("the guard probe has no published form")
         case "ecso":
             return Guard.ecso(threshold=0.5 if threshold is None else threshold, published=published)
+        case _ if name in GUARD_MODELS and not published:
+            judge = GenerativeGuard(name, threshold=0.5 if threshold is None else threshold)
+            return Guard(judge, max_rounds=0, name=name)
+        case _ if name in GUARD_MODELS:
+            raise InvalidGuard(f"the guard {name} has no published form")
     raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
 
 

@@ -118,7 +118,8 @@ class Choose:
     """Read the full next-token distribution after a prompt; the result is a `Chosen`.
 
     Each word stands for every single token that spells it, whatever its case, with or without a space or a
-    word-start mark before it.
+    word-start mark before it. beginnings: further words; one that no single token spells is recognized by its first
+    token, which counts whatever follows.
     """
 
     model: str
@@ -126,6 +127,7 @@ class Choose:
     words: tuple[str, ...]
     label: str = "judge"
     timeout: float | None = None
+    beginnings: tuple[str, ...] = ()
 
 
 Pass: TypeAlias = "Generate | Score | Choose"
@@ -208,7 +210,7 @@ class Scored(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What `Choose` returns: the probability mass of each word; they need not sum to one."""
+    """What `Choose` returns: the probability mass of each word, then of each beginning; they need not sum to one."""
 
     masses: tuple[float, ...]
 
@@ -239,7 +241,7 @@ class ModelTraits(NamedTuple):
     template, threshold: of its head, None without a head. chat_only: it understands chats only. backbone:
     equal for models on the same weights. continues: its head reads the end of a sequence of the backbone's own, as
     an activated adapter does. in_context: its head was fitted on the hidden states of the model that answers.
-    reads_along: it can read a text while that grows.
+    reads_along: it can read a text while that grows. special_tokens: those that its tokenizer knows, by their text.
     """
 
     template: str | None = None
@@ -249,6 +251,7 @@ class ModelTraits(NamedTuple):
     in_context: bool = False
     reads_along: bool = True
     threshold: float | None = None
+    special_tokens: frozenset[str] = frozenset()
 
 
 Loop: TypeAlias = "Generator[Ask, Any, Decision]"

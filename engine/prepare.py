@@ -23,7 +23,7 @@ from .passes import Choose, Continue, Generate, Pass, Prompt, Score
 from .request import PassRecord
 from .sampling import SamplingParams
 from .sequence import BlockTable, PlacedImage, Sequence
-from .text import Codec, ImageSegment, Segment, segments_text
+from .text import Codec, ImageSegment, Segment, Trusted, segments_text
 
 
 class Identity(NamedTuple):
@@ -85,9 +85,7 @@ def make_sequence(
         if drafts and not (step.screen is not None and step.screen.before is None):  # a tap pools what is final only
             sequence.drafter = PromptLookup(drafts)
     elif isinstance(step, Choose):
-        sequence.words = tuple(_variants(model, word) for word in step.words)
-        if not all(sequence.words):
-            raise BadInput(f"{model.name} has no single token for each of {', '.join(step.words)}")
+        sequence.words = _words(model, step)
     elif model.head is None:
         raise BadInput(f"{model.name} has no head to score with")
     else:
@@ -148,6 +146,23 @@ def check_characters(model: Model | OutsideDetector, count: int) -> None:
             f"the prompt has {count:,} characters; {model.name} takes at most {model.context:,} tokens, which are "
             f"never more than {most:,} characters"
         )
+
+
+def _words(model: Model, step: Choose) -> tuple[tuple[int, ...], ...]:
+    """The tokens that stand for each word and each beginning. Raises `BadInput` where one has none of its own."""
+    words = [_variants(model, word) for word in step.words]
+    if not all(words):
+        raise BadInput(f"{model.name} has no single token for each of {', '.join(step.words)}")
+    words += [_variants(model, word) or _first_tokens(model, word) for word in step.beginnings]
+    if sum(map(len, words)) > len({id for ids in words for id in ids}):
+        raise BadInput(f"{model.name} begins two of {', '.join((*step.words, *step.beginnings))} with one token")
+    return tuple(words)
+
+
+def _first_tokens(model: Model, word: str) -> tuple[int, ...]:
+    """The first token of a word, at the beginning of a text and behind a space."""
+    spelled = (model.codec.encode((Trusted(text),), add_special_tokens=False) for text in (word, f" {word}"))
+    return tuple({ids[0] for ids in spelled})
 
 
 def _variants(model: Model, word: str) -> tuple[int, ...]:

@@ -216,6 +216,11 @@ class Codec:
         return self._words.get(_bare_word(word), ())
 
     @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The tokens that no untrusted text becomes, as they are spelled."""
+        return frozenset(self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+
+    @cached_property
     def longest_token(self) -> int:
         """Characters of the longest token: no text has more of them than this times its tokens."""
         return max(map(len, self.tokenizer.get_vocab()))

@@ -3,19 +3,23 @@
 from ..passes import ReleaseMode
 from .cascade import Calibration, Cascade, calibrate
 from .detectors import Bindable, Detector, Screening
+from .generative import GenerativeGuard
 from .guard import Guard
 from .heads import HarmHead, Probe
 from .loop import guarded
 from .remedies import Detoxify, EyesClosed, Prefilling, Refuse, Remedy, Starting
 from .self_judge import SelfJudge
+from .templates import TEMPLATES
 
 __all__ = [
+    "TEMPLATES",
     "Bindable",
     "Calibration",
     "Cascade",
     "Detector",
     "Detoxify",
     "EyesClosed",
+    "GenerativeGuard",
     "Guard",
     "HarmHead",
     "Prefilling",

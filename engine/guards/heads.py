@@ -132,8 +132,8 @@ class HarmHead(BaseHead):
         template = self.template or own.template
         if template is None:
             raise InvalidGuard(
-                f"the head of {self.model!r} names no text template; give the guard one of "
-                f"{', '.join(prompts.DETECTOR_TEMPLATES)}"
+                f"{self.model!r} has no head, or one that names no text template; give the guard one of "
+                f"{', '.join(prompts.DETECTOR_TEMPLATES)}, or ask a guard model with GenerativeGuard"
             )
         able = own.continues and MLLM in traits and own.backbone == traits[MLLM].backbone
         if self.continues and not able:

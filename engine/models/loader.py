@@ -176,6 +176,9 @@ class _Loader:
         path, base = source if isinstance(source, tuple) else (source, None)
         if (Path(path) / HEAD_FILE).is_file():
             return self._with_head_file(name, Path(path), base)
+        loaded = self._load(source, classifier=True)
+        if loaded.score is None:  # a guard model, which says its verdict as a word
+            return self.generator(name, source)
         return self._classifier(name, Classifier(source))
 
     def _with_head_file(self, name: str, path: Path, base: str | Path | None) -> Model:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 from ..errors import InvalidGuard
-from ..guards import Guard, HarmHead, Probe, SelfJudge
+from ..guards import GenerativeGuard, Guard, HarmHead, Probe, SelfJudge
 from ..passes import ModelTraits, ReleaseMode
 from .protocol import GuardChoice, OfferedGuard
 
@@ -104,7 +104,7 @@ class Policy:
 
 
 def _threshold(detector: Any, traits: Mapping[str, ModelTraits]) -> float | None:
-    if not isinstance(detector, HarmHead | Probe | SelfJudge):
+    if not isinstance(detector, HarmHead | Probe | SelfJudge | GenerativeGuard):
         return None
     if detector.threshold is not None:
         return detector.threshold
@@ -112,7 +112,7 @@ def _threshold(detector: Any, traits: Mapping[str, ModelTraits]) -> float | None
 
 
 def _with_threshold(detector: Any, threshold: float) -> Any:
-    if not isinstance(detector, HarmHead | Probe | SelfJudge):
+    if not isinstance(detector, HarmHead | Probe | SelfJudge | GenerativeGuard):
         return detector
     changed: Any = replace(detector, threshold=threshold)
     if isinstance(changed, Probe) and changed.fallback is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..async_engine import AsyncEngine
 from ..chat import Chat
 from ..errors import BadInput, PromptTooLong, UnknownModel, UnsupportedImage
-from ..guards import Detector, HarmHead
+from ..guards import Detector, GenerativeGuard, HarmHead
 from ..images import ImageLimits
 from ..request import Verdict
 from ..sampling import SamplingParams
@@ -251,7 +251,7 @@ class Service:
         guards = self.settings.policy.guards
         for name in sorted(guards, key=lambda name: name != self.settings.policy.default):
             detector = guards[name].detector
-            if isinstance(detector, HarmHead):
+            if isinstance(detector, HarmHead | GenerativeGuard):
                 return detector
         traits = inner.traits.get("detector")
         if traits is None or traits.template is None or traits.in_context:

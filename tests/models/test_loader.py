@@ -25,8 +25,10 @@ from stockade.engine.errors import (
     CheckpointError,
     CheckpointMismatch,
     CheckpointMissing,
+    InvalidGuard,
     UnknownArchitecture,
 )
+from stockade.engine.guards import Guard
 from stockade.engine.models.loader import Classifier, load_models
 from stockade.engine.models.shapes import named_config
 from stockade.engine.named import detector_named
@@ -175,7 +177,10 @@ def test_models_in_the_wrong_place(checkpoint: Callable[[str], Path], tmp_path: 
     with pytest.raises(CheckpointMismatch, match="is a classifier; mllm has to be a language model"):
         load_models(checkpoint("classifier"))
     with pytest.raises(CheckpointMismatch, match=r"has no score.weight; a detector is a \*ForSequenceClassification"):
-        load_models(checkpoint("llama-gqa"), checkpoint("llama-gqa"))
+        load_models(checkpoint("llama-gqa"), Classifier(checkpoint("llama-gqa"), 1))
+    engine = Engine(checkpoint("llama-gqa"), checkpoint("llama-gqa"), dtype=torch.float32, kv_bytes=8 << 20)
+    with pytest.raises(InvalidGuard, match=r"'detector' has no head.*ask a guard model with GenerativeGuard"):
+        engine.chat(["Hi"], guard=Guard.protector(detoxifier=None))
     with pytest.raises(CheckpointMissing):
         load_models(tmp_path / "nowhere")
     with pytest.raises(CheckpointMissing, match="no head at"):
