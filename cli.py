@@ -14,7 +14,7 @@ from rich.text import Text
 from . import __version__
 from .bench.commands import app as bench_app
 from .engine.errors import BadInput, InvalidGuard, StockadeError
-from .engine.named import GUARDS, EngineNames, guard_named, release_named
+from .engine.named import GUARDS, EngineNames, guard_named, release_named, source_named
 from .export.commands import app as export_app
 from .train.commands import train_app as training_app
 
@@ -366,23 +366,47 @@ def serve(
 
 
 @app.command()
-def models() -> None:
-    """Show what can be given as a model."""
-    from .console import plain_table
-    from .engine.models.decoder import FAMILIES
-    from .engine.models.loader import BUNDLES
-    from .engine.models.shapes import NAMED_SHAPES
-    from .engine.models.vision.families import ADAPTERS
+def models(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint, as --model takes it, that is not loaded.")
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as a document has it.")] = False,
+) -> None:
+    """Show which models run, and how; of one checkpoint whether it will, without loading its weights.
 
-    table = plain_table("What --model takes", ["kind", "names", "checked by"])
-    exact = "logits and greedy tokens against transformers on random weights"
-    table.add_row("language models", ", ".join(FAMILIES), exact)
-    table.add_row("vision-language models", ", ".join(ADAPTERS), exact)
-    table.add_row("detectors", "*ForSequenceClassification with one label, PEFT adapters, head files", exact)
+    The exit code is 1 when that one would be refused.
+    """
+    from .console import plain_table, printable
+    from .engine.models.loader import BUNDLES, Attached
+    from .engine.models.shapes import NAMED_SHAPES
+    from .engine.models.support import EXACT, Way, markdown, outlook, rows
+
+    console = Console(highlight=False)
+    if source is not None:
+        checkpoint = source_named(source)
+        if isinstance(checkpoint, Attached):
+            raise BadInput(
+                "name a checkpoint, or ADAPTER,BASE; what is attached depends on the model it is attached to"
+            )
+        way, reason = outlook(checkpoint)
+        style = "red" if way is Way.REFUSED else "green"
+        console.print(Text.assemble((f"{way}: ", f"bold {style}"), printable(reason)), soft_wrap=True)
+        if way is Way.REFUSED:
+            raise typer.Exit(1)
+        return
+    if as_markdown:
+        print(markdown(rows()))
+        return
+    table = plain_table("What --model takes", ["kind", "model", "model_type", "runs on", ""])
+    for row in rows():
+        table.add_row(row.kind, row.name, ", ".join(row.types), row.way, row.note)
+    console.print(table)
+    table = plain_table("And", ["", "names", "checked by"])
+    table.add_row("detectors", "*ForSequenceClassification, PEFT adapters, head files", EXACT)
     table.add_row("bundles", ", ".join(BUNDLES), "the real weights against transformers")
     table.add_row("named shapes, random weights", ", ".join(NAMED_SHAPES), "for benchmarks and tests")
     table.add_row("formats", "safetensors, one file or sharded; .bin that holds tensors only; GGUF", "tests of each")
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 @app.command()

@@ -150,10 +150,18 @@ def _adapted_config(config: PretrainedConfig, adapter: Adapter) -> PretrainedCon
 def _read_config(path: Path) -> PretrainedConfig:
     raw = read_json(path / "config.json")
     model_type = raw.get("model_type")
+    # what stands above knows other models, and is asked only where this one cannot be used
+    from .support import hint
+
+    known = f". {hint(raw)}" if hint(raw) else ""
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise UnsafeCheckpoint(f"{path} wants its own code to run (auto_map in config.json); that is never done")
-        raise UnknownArchitecture(f"{path}/config.json has model_type {model_type!r}, unknown to transformers")
+            raise UnsafeCheckpoint(
+                f"{path} wants its own code to run (auto_map in config.json); that is never done{known}"
+            )
+        raise UnknownArchitecture(f"{path}/config.json has model_type {model_type!r}, unknown to transformers{known}")
+    if known:
+        raise UnknownArchitecture(f"{path}/config.json is of no model that runs{known}")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes check their values each in its own way

@@ -28,8 +28,43 @@ TOLERANCE = 1e-4  # of the largest logit, or of 1
 _FOREIGN = ("quantization_config", "fusion_config", "transformers_weights", "distributed_config")
 
 
-def why_not(config: PretrainedConfig, classifier: bool = False) -> str | None:
-    """Why a model cannot run on the fallback, as far as its configuration tells; None if it may."""
+def check_outline(config: PretrainedConfig, classifier: bool) -> None:
+    """Raise `UnknownArchitecture` for a model that the fallback cannot run whatever its weights are.
+
+    Allocates nothing; what only a run with numbers can tell is left to the trial.
+    """
+    if reason := _why_not(config, classifier):
+        raise UnknownArchitecture(reason)
+    with torch.device("meta"), _quietly():
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(
+            copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
+        )
+    try:
+        FallbackDecoder(model.eval())
+    except UnknownArchitecture:
+        raise
+    except Exception:  # some modules look at their numbers, and there are none
+        return
+
+
+def load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[FallbackDecoder, str]:
+    """The model of a checkpoint that `check_outline` lets through, and the content hash of its weights.
+
+    Raises `UnknownArchitecture` for one that the fallback cannot run, or runs differently than `transformers` does;
+    `CheckpointMismatch` for weights that are not what the configuration says.
+    """
+    hasher = ContentHash()
+    model = _filled(checkpoint, hasher, dtype).to(device)
+    try:
+        _check_trial(model)
+        return FallbackDecoder(model), hasher.hexdigest()
+    except StockadeError:
+        raise
+    except Exception as error:  # modules that are used as they were not meant to be fail each in its own way
+        raise UnknownArchitecture(f"its layers do not run one by one ({type(error).__name__}: {error})") from error
+
+
+def _why_not(config: PretrainedConfig, classifier: bool) -> str | None:
     if classifier:
         return "it is a sequence classifier; the fallback runs language models, and head files on them"
     if config.is_encoder_decoder:
@@ -51,23 +86,6 @@ def why_not(config: PretrainedConfig, classifier: bool = False) -> str | None:
                 f"known: {', '.join(ROPE_TYPES)}"
             )
     return None
-
-
-def load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[FallbackDecoder, str]:
-    """The model of a checkpoint that `why_not` says nothing against, and the content hash of its weights.
-
-    Raises `UnknownArchitecture` for one that the fallback cannot run, or runs differently than `transformers` does;
-    `CheckpointMismatch` for weights that are not what the configuration says.
-    """
-    hasher = ContentHash()
-    model = _filled(checkpoint, hasher, dtype).to(device)
-    try:
-        _check_trial(model)
-        return FallbackDecoder(model), hasher.hexdigest()
-    except StockadeError:
-        raise
-    except Exception as error:  # modules that are used as they were not meant to be fail each in its own way
-        raise UnknownArchitecture(f"its layers do not run one by one ({type(error).__name__}: {error})") from error
 
 
 def _rope_types(parameters: dict[str, Any]) -> list[str]:

@@ -219,8 +219,7 @@ class _Loader:
         return known
 
     def _read(self, source: Checkpointed) -> _Loaded:
-        path, base = source if isinstance(source, tuple) else (source, None)
-        checkpoint = open_checkpoint(_local(path), None if base is None else _local(base))
+        checkpoint = _open(source)
         classifier = "score.weight" in checkpoint.shapes
         try:
             tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
@@ -231,15 +230,13 @@ class _Loader:
 
     def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
         # importing the module classes of transformers takes a second, and most models need none
-        from .fallback_check import load_fallback, why_not
+        from .fallback_check import load_fallback
 
-        reason = why_not(checkpoint.config, "score.weight" in checkpoint.shapes)
-        if reason is not None:
-            raise UnknownArchitecture(f"{refusal}; the fallback does not run it either: {reason}")
+        _check_fallback(checkpoint, refusal)
         try:
             decoder, content_hash = load_fallback(checkpoint, self.device, self.dtype)
         except UnknownArchitecture as error:
-            raise UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}") from error
+            raise _refused_by_both(refusal, error) from error
         return _Loaded(Backbone(decoder, content_hash), codec_of(checkpoint), checkpoint.config, None)
 
     def _random(self, name: str, classifier: bool) -> _Loaded:
@@ -297,14 +294,54 @@ class _Parts:
         return _Loaded(backbone, codec, self.config, self.score)
 
 
+def check_without_weights(source: Checkpointed) -> tuple[str, UnknownArchitecture | None]:
+    """Check all of a checkpoint that can be checked without reading its weights.
+
+    Returns its `model_type`, and None where the engine's own decoder will run it, why not where the fallback is to.
+    Raises a `CheckpointError` for one that will not load.
+    """
+    checkpoint = _open(source)
+    kind: str = checkpoint.config.model_type
+    classifier, meta = "score.weight" in checkpoint.shapes, torch.device("meta")
+    load_tokenizer(checkpoint.tokenizer_path)
+    try:
+        tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
+        parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, meta, torch.float32)
+    except UnknownArchitecture as refusal:
+        _check_fallback(checkpoint, refusal)
+        return kind, refusal
+    _check_names(parts.slots, checkpoint, parts.decoder)
+    return kind, None
+
+
+def _check_fallback(checkpoint: Checkpoint, refusal: UnknownArchitecture) -> None:
+    from .fallback_check import check_outline
+
+    try:
+        check_outline(checkpoint.config, "score.weight" in checkpoint.shapes)
+    except UnknownArchitecture as error:
+        raise _refused_by_both(refusal, error) from error
+
+
+def _refused_by_both(refusal: UnknownArchitecture, error: UnknownArchitecture) -> UnknownArchitecture:
+    return UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}")
+
+
 _EYES = ("vision_tower.", "multi_modal_projector.")
 
 
 def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> str:
-    """Copy a checkpoint's tensors into their slots; returns their content hash.
+    """Copy a checkpoint's tensors into their slots; returns their content hash."""
+    _check_names(slots, checkpoint, decoder)
+    hasher = ContentHash()
+    for name, tensor in checkpoint.tensors(hasher):
+        if name in slots:
+            slots[name].copy_(tensor)
+    return hasher.hexdigest()
 
-    Raises `CheckpointMismatch`, before anything is read, unless names and shapes agree.
-    """
+
+def _check_names(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Raise `CheckpointMismatch` unless names and shapes agree."""
     shapes = checkpoint.shapes
     if decoder.config.tied:
         shapes.pop("lm_head.weight", None)  # written by some versions although it is the embedding
@@ -321,11 +358,11 @@ def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) ->
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointMismatch(f"{checkpoint.path} {problem} {', '.join(names[:3])}{more}")
-    hasher = ContentHash()
-    for name, tensor in checkpoint.tensors(hasher):
-        if name in slots:
-            slots[name].copy_(tensor)
-    return hasher.hexdigest()
+
+
+def _open(source: Checkpointed) -> Checkpoint:
+    path, base = source if isinstance(source, tuple) else (source, None)
+    return open_checkpoint(_local(path), None if base is None else _local(base))
 
 
 def _local(source: str | Path) -> str | Path:
