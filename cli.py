@@ -321,6 +321,16 @@ def serve(
     traces: Annotated[
         bool, typer.Option("--traces", help="Send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says.")
     ] = False,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas of the server, on Ray Serve; SIGHUP replaces all, one by one.")
+    ] = False,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Of the server, under --ray.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", help="As many where queues grow. (default: --replicas)")
+    ] = None,
+    detector_replicas: Annotated[
+        int, typer.Option("--detector-replicas", min=0, help="Of an onnx:FOLDER detector, in processes of their own.")
+    ] = 0,
     detector: DetectorOption = None,
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
@@ -361,6 +371,18 @@ def serve(
         traces=traces,
     )
     console = Console(stderr=True, highlight=False)
+    if on_ray:
+        from .doctor import cores
+
+        try:
+            from .engine.serving.ray_app import Scale, serve_on_ray
+        except ImportError as error:
+            raise BadInput(f"--ray needs {error.name}: pip install 'stockade[ray]'") from None
+        scale = Scale.sharing(cores(), replicas, max_replicas, detector_replicas)
+        serve_on_ray(EngineNames(model, detector, detoxifier, device, dtype), serving, scale, console.print)
+        return
+    if replicas > 1 or max_replicas is not None or detector_replicas:
+        raise BadInput("replicas run on Ray Serve: add --ray")
     engine = _engine(console, model, detector, detoxifier, device, dtype)
     run(engine, serving, console.print)
 
@@ -431,19 +453,22 @@ def doctor() -> None:
 
 @audit_app.command()
 def verify(
-    log: Annotated[Path, typer.Argument(metavar="LOG", exists=True, dir_okay=False)],
-    key: Annotated[Path | None, typer.Option("--key", help="Its key file. (default: LOG.key)")] = None,
-    last: Annotated[str | None, typer.Option("--last", help="The chain value that its last line must have.")] = None,
+    logs: Annotated[list[Path], typer.Argument(metavar="LOG...", exists=True, dir_okay=False)],
+    key: Annotated[Path | None, typer.Option("--key", help="Their key file. (default: LOG.key)")] = None,
+    last: Annotated[str | None, typer.Option("--last", help="The chain value that the last line must have.")] = None,
 ) -> None:
-    """Check that no line of a server's audit log is missing or altered."""
+    """Check that no line of a server's audit log is missing or altered. Every replica writes a log of its own."""
     from .engine.serving.audit import read_key
     from .engine.serving.audit import verify as check
 
-    with open(log, "rb") as lines:
-        found = check(lines, read_key(key or log.with_name(log.name + ".key")), last)
-    end = "closed" if found.closed else "not closed: its server runs, was killed, or lines are missing at the end"
-    print(f"{found.lines} lines, {found.decisions} decisions, all in place; {end}")
-    print(f"last: {found.last}")
+    if last is not None and len(logs) > 1:
+        raise BadInput("--last is the value of one log")
+    for log in logs:
+        with open(log, "rb") as lines:
+            found = check(lines, read_key(key or log.with_name(log.name + ".key")), last)
+        end = "closed" if found.closed else "not closed: its server runs, was killed, or lines are missing at the end"
+        print(f"{log}: " * (len(logs) > 1) + f"{found.lines} lines, {found.decisions} decisions, all in place; {end}")
+        print(f"last: {found.last}")
 
 
 @train_app.command()

@@ -14,6 +14,7 @@ EXTRAS = {
     "bench": ["matplotlib>=3.8"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
     "train": ["peft>=0.17"],
+    "ray": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "ray[serve]>=2.60"],
     # one of the two: both install the package onnxruntime (`stockade doctor` tells)
     "onnx": ["onnx>=1.20", "onnxruntime>=1.24"],
     "onnx-gpu": ["onnx>=1.20", "onnxruntime-gpu>=1.24"],

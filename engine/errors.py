@@ -157,6 +157,10 @@ class EngineStopped(Unavailable):
     """The engine is shutting down, or the thread that steps it has died."""
 
 
+class ReplicaLost(Unavailable):
+    """The process that was answering has died, and what it had said cannot be taken back or said anew."""
+
+
 class DeadlineExceeded(Unavailable, TimeoutError):
     """The request's time was over before its reply was there."""
 

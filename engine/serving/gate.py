@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..errors import Overloaded, RequestTooLarge, SlowClient, StockadeError
 from .http_errors import failure
 from .limits import Doors
-from .metrics import Metrics
 
 # Whoever asks for these needs no key: they tell nothing of anybody's requests.
 OPEN = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json", "/offer"})
@@ -30,6 +29,12 @@ class Refused(HTTPException):
     def __init__(self, error: StockadeError) -> None:
         super().__init__(400, str(error))
         self.error = error
+
+
+class Counts(Protocol):
+    """Who is told of requests that end in an error."""
+
+    def refused(self, status: int, code: str) -> None: ...
 
 
 @dataclass
@@ -56,7 +61,7 @@ class Gate:
 
     app: ASGIApp
     doors: Doors
-    metrics: Metrics
+    metrics: Counts
     log: logging.Logger
     bodies: Bodies
     body_seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ class Serving:
             return None
         return AuditLog(self.audit, read_key(self.key_file, create=True), self.audit_texts)
 
+    def of_replica(self, name: str) -> Serving:
+        """The settings of one replica behind a server in front, which keeps the limits: an audit log of its own."""
+        inner = replace(self, per_minute=None, concurrent=None, origins=())
+        if self.audit is None:
+            return inner
+        log = self.audit.with_name(f"{self.audit.stem}.{name}{self.audit.suffix}")
+        return replace(inner, audit=log, audit_key=self.key_file)
+
     @property
     def key_file(self) -> Path:
         """Of the audit log: beside it where no other is named."""
@@ -122,15 +130,8 @@ def serve(engine: Engine, serving: Serving, tell: Callable[[str], None]) -> None
 
 def make_server(engine: Engine, serving: Serving) -> uvicorn.Server:
     """A server that is not running yet, with its own stepping thread."""
-    door, settings = serving.door(), serving.settings()
-    spans = traced() if serving.traces else None
-    audit = serving.audit_log()
-    stepped = AsyncEngine(engine, max_requests=serving.max_requests)
-    try:
-        service = Service(stepped, settings, audit, spans=spans)
-    except BaseException:
-        stepped.close()
-        raise
+    door = serving.door()
+    service = make_service(engine, serving)
     log = logging.getLogger("uvicorn.error")
     config = uvicorn.Config(
         create_app(service, door, log),
@@ -145,6 +146,19 @@ def make_server(engine: Engine, serving: Serving) -> uvicorn.Server:
         timeout_graceful_shutdown=int(serving.drain),
     )
     return uvicorn.Server(config)
+
+
+def make_service(engine: Engine, serving: Serving) -> Service:
+    """The service with its own stepping thread. Raises as `serve`."""
+    settings = serving.settings()
+    spans = traced() if serving.traces else None
+    audit = serving.audit_log()
+    stepped = AsyncEngine(engine, max_requests=serving.max_requests)
+    try:
+        return Service(stepped, settings, audit, spans=spans)
+    except BaseException:
+        stepped.close()
+        raise
 
 
 def traced() -> Spans:

@@ -76,6 +76,15 @@ class EventStream(Response):
                 await events.aclose()  # type: ignore[attr-defined]
 
 
+def cross_origin(origins: Sequence[str]) -> dict[str, Any]:
+    """What web pages of these servers may do here."""
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["authorization", "content-type"],
+    }
+
+
 def create_app(service: Service, door: Door | None = None, log: logging.Logger | None = None) -> FastAPI:
     """An application that serves one engine; it drains the engine when it is shut down."""
     door = door or Door()
@@ -106,12 +115,7 @@ def create_app(service: Service, door: Door | None = None, log: logging.Logger |
         send_seconds=door.send_seconds,
     )
     if door.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(door.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
+        app.add_middleware(CORSMiddleware, **cross_origin(door.origins))
     # The gate tells of every error, in one place.
     app.add_exception_handler(HTTPException, _raise)
     app.add_exception_handler(RequestValidationError, _raise)
