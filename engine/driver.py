@@ -455,9 +455,10 @@ class Driver:
 
 
 def _attach_verdicts(passes: list[PassRecord], decision: Decision) -> None:
-    """Give each verdict to the pass whose text it judged: verdicts come in the order of the answers."""
+    """Give each verdict to the pass whose text it judged: verdicts come in the order of the answers, the first of
+    which may have come from elsewhere."""
     answers = [record for record in passes if record.candidate and record.error is None]
-    for record, judged in zip(answers, decision.judged, strict=False):
+    for record, judged in zip(answers, decision.judged[max(0, len(decision.judged) - len(answers)) :], strict=False):
         record.verdict = judged.verdict
 
 

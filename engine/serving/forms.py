@@ -135,7 +135,7 @@ def guard_report(
         release=chosen.release,
         outcome=reply.outcome.value,
         reason=reason,
-        rounds=max(0, sum(record.candidate for record in reply.passes) - 1),
+        rounds=sum(record.candidate and record.label != "answer" for record in reply.passes),
         verdicts=[verdict_report(verdict) for verdict in reply.verdicts],
         added_ms=_ms(trace.guard),
         total_ms=_ms(trace.total),

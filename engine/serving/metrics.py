@@ -81,7 +81,8 @@ class Metrics:
             reason = known_reason(verdict.error)
             if reason is not None:
                 self._closed.labels(verdict.detector, reason).inc()
-        self._rounds.labels(policy).inc(max(0, sum(record.candidate for record in reply.passes) - 1))
+        remedies = sum(record.candidate and record.label != "answer" for record in reply.passes)
+        self._rounds.labels(policy).inc(remedies)
         self._seconds.labels(policy).observe(trace.total)
         self._queued.observe(trace.queued)
         if reply.outcome is not Outcome.UNGUARDED:

@@ -79,6 +79,10 @@ class GuardChoice(Strict):
         Field(description="Harmful is a score below it; it may be raised."),
     ] = None
     progress: Annotated[bool, Field(description="In a stream: tell of the passes while they run.")] = False
+    answer: Annotated[
+        Text | None,
+        Field(description="What another model has answered to the chat: it is judged and mended, none is made here."),
+    ] = None
 
 
 class StreamOptions(Strict):

@@ -31,6 +31,25 @@ def continued(prompt: tuple[int, ...], loop: Loop) -> Loop:
         loop.close()
 
 
+def given(text: str, loop: Loop) -> Loop:
+    """A guard's loop whose first answer is there already, from a model elsewhere."""
+    try:
+        ask = next(loop)
+        if isinstance(ask, Generate):
+            ask = loop.send(Answer(text))
+        while True:
+            try:
+                result = yield ask
+            except PassError as error:
+                ask = loop.throw(error)
+            else:
+                ask = loop.send(result)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        loop.close()
+
+
 def moderated(text: str, detector: Detector) -> Loop:
     """The detector's verdict on a text that answers nothing; a detector that fails has found it harmful."""
     try:

@@ -6,7 +6,6 @@ Every engine's replica is the whole server of `openai_server`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -70,7 +69,8 @@ class Scale:
     @classmethod
     def sharing(cls, cores: int, replicas: int, max_replicas: int | None, detector_replicas: int) -> Scale:
         """The cores of one machine, shared out among all. Raises `BadInput`."""
-        many = max(replicas, max_replicas or 0) + detector_replicas
+        # a detector's successor is there before it goes: without one, guards fail closed
+        many = max(replicas, max_replicas or 0) + detector_replicas + bool(detector_replicas)
         share = cores / many
         share = int(share) if share >= 1 else int(share * 100) / 100
         if share <= 0:
@@ -176,6 +176,7 @@ def _deployment(kind: type, name: str, scale: Scale, serving: Serving, **many: A
         graceful_shutdown_timeout_s=serving.drain + 10,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_EVERY,
+        max_surge_percent=0 if engine else 100,
         **many,
     )
 
@@ -212,16 +213,13 @@ class FrontReplica:
 class EngineReplica:
     """A whole server around one engine, without a port of its own."""
 
-    async def __init__(self, names: EngineNames, serving: Serving, detector: DeploymentHandle | None) -> None:
+    def __init__(self, names: EngineNames, serving: Serving, detector: DeploymentHandle | None) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         inner = serving.of_replica(self._name)
         outside = None if detector is None else _remote(names, detector)
-        engine = await asyncio.to_thread(names.engine, outside)
-        self._service = make_service(engine, inner)
-        app = create_app(self._service, inner.door())
-        self._app = app
-        self._life = app.router.lifespan_context(app)
-        await self._life.__aenter__()
+        self._service = make_service(names.engine(outside), inner)
+        self._app = create_app(self._service, inner.door())
+        self._drain = serving.drain
 
     async def answer(self, asked: Asked, *, key: str) -> AsyncIterator[Head | bytes]:
         """key: what the router has sent it here for."""
@@ -237,7 +235,9 @@ class EngineReplica:
             raise EngineStopped("the engine takes no more requests")
 
     async def __del__(self) -> None:
-        await self._life.__aexit__(None, None, None)
+        await self._service.engine.drain(self._drain)
+        if self._service.audit is not None:
+            self._service.audit.close()
 
 
 class DetectorReplica:
@@ -333,7 +333,7 @@ def running(serving: Serving) -> Iterator[None]:
     """Ray and Ray Serve until the block ends: of this machine, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "address": "local"}
-    ray.init(logging_level=logging.WARNING, log_to_driver=False, **alone)  # type: ignore[arg-type]
+    ray.init(logging_level=logging.WARNING, log_to_driver=False, **alone)
     try:
         serve.start(
             http_options=HTTPOptions(host=serving.host, port=serving.port),

@@ -186,9 +186,13 @@ class Scorer:
 
         Raises `PassError` and `BadInput`; the text is forgotten then.
         """
-        reading, before = self._readings.pop(name, None) or (self.detector.open(), [])
+        reading, before = self._readings.pop(name) if name in self._readings else (self.detector.open(), [])
         done, loop = asyncio.Event(), asyncio.get_running_loop()
-        reading.on_done = lambda: loop.call_soon_threadsafe(done.set)
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(done.set)
+
+        reading.on_done = tell
         try:
             reading.feed(_common(before, ids), ids, pool_from)
             while (score := reading.poll()) is None:

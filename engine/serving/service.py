@@ -14,10 +14,12 @@ from typing import Any
 
 from ..async_engine import AsyncEngine
 from ..chat import Chat
+from ..engine import Engine
 from ..errors import BadInput, PromptTooLong, UnknownModel, UnsupportedImage
 from ..guards import Detector, GenerativeGuard, HarmHead
 from ..images import ImageLimits
 from ..request import Verdict
+from ..running import Request
 from ..sampling import SamplingParams
 from . import protocol as wire
 from .audit import AuditLog
@@ -26,7 +28,7 @@ from .forms import About, Form, verdict_report
 from .limits import Tenant
 from .metrics import Metrics
 from .policy import Policy
-from .raw_prompts import continued, moderated
+from .raw_prompts import continued, given, moderated
 from .remote_images import RemoteImages
 from .spans import Spans
 
@@ -102,19 +104,19 @@ class Service:
         sampling = self._sampling(body, body.max_completion_tokens or body.max_tokens)
         began = monotonic()
         chat = await self.parse(body.messages)
+        answer = None if body.guard is None else body.guard.answer
+        if answer is not None:
+            chosen = chosen._replace(release="verdict")  # all of it is there, and none of it was read along
+
+        def submit(engine: Engine) -> Request:
+            options: dict[str, Any] = {"sampling": sampling, "salt": tenant.salt, "streaming": bool(body.stream)}
+            if answer is None:
+                return engine.submit(chat, guard=chosen.guard, release=chosen.release, **options)
+            loop = given(answer, chosen.guard.run(chat, engine.traits, chosen.release))
+            return engine.driver.submit(loop, guarded=True, **options)
+
         exchange = Exchange(self, form, chosen, tenant, chat, self._about("chatcmpl"), parent)
-        await exchange.begin(
-            body,
-            began,
-            lambda engine: engine.submit(
-                chat,
-                guard=chosen.guard,
-                sampling=sampling,
-                salt=tenant.salt,
-                streaming=bool(body.stream),
-                release=chosen.release,
-            ),
-        )
+        await exchange.begin(body, began, submit)
         return exchange
 
     async def complete(

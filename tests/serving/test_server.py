@@ -288,3 +288,26 @@ def test_the_page_and_the_docs_are_there(live: Live) -> None:
     assert {"/v1/chat/completions", "/v1/moderations", "/tokenize", "/metrics"} <= set(described["paths"])
     answers = described["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(answers) == {"200", "4XX", "5XX"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_another_model_is_judged_and_mended(live: Live, stream: bool) -> None:
+    def judged(policy: str, answer: str) -> tuple[str | None, str | None, Any]:
+        body = chat("Hi", guard={"policy": policy, "answer": answer})
+        if not stream:
+            whole = ask(live, body)
+            message = whole["choices"][0]["message"]
+            return message["content"], message["refusal"], whole["guard"]
+        chunks = events(live, "/v1/chat/completions", body)
+        return shown(chunks) or None, shown(chunks, "refusal") or None, chunks[-1]["guard"]
+
+    content, refusal, guard = judged("harmless", "What somebody said.")
+    assert (content, refusal) == ("What somebody said.", None)
+    assert (guard["outcome"], guard["rounds"], len(guard["verdicts"])) == ("clean", 0, 1)
+    content, refusal, guard = judged("harmful", "What somebody said.")
+    assert content is None and refusal and "somebody" not in refusal
+    assert (guard["outcome"], guard["rounds"], len(guard["verdicts"])) == ("refused", 1, 2)
+    rewrite = [one for one in guard["passes"] if one["label"] == "rewrite" and not one["failed"]]
+    assert [one["verdict"] for one in rewrite] == guard["verdicts"][1:]
+    assert judged("off", "said")[0] == "said"
+    refused(live, chat("Hi", guard={"answer": "word " * 5000}), 400, "context_length_exceeded")
