@@ -26,7 +26,7 @@ from .options import (
     measure_plan,
     progress,
 )
-from .result_commands import capacity
+from .result_commands import capacity, report
 
 if TYPE_CHECKING:
     from .document import Session
@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (latency, throughput, capacity):
+for _command in (latency, throughput, capacity, report):
     app.command()(_command)
 
 

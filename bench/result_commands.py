@@ -1,13 +1,16 @@
-"""`stockade bench capacity`: what is made of results that were measured before."""
+"""`stockade bench capacity` and `report`: what is made of results that were measured before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from .document import BadDocument
 from .options import JsonOption, SeedOption, progress
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ def capacity(
     validate: Annotated[
         bool, typer.Option("--validate", help="Instead: predict the measured run itself, and compare.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write a page (HTML), too, with the measured run.")] = None,
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
@@ -62,6 +66,7 @@ def capacity(
     from .cost_fit import FittedCosts, outside_costs
     from .document import Session, read_document
     from .objective import Objective
+    from .page import page
     from .report import show
     from .traffic import read_trace
 
@@ -95,6 +100,12 @@ def capacity(
     document = session.document("capacity", report.settings(), report.rows(), seed=seed, more=more)
     document.warnings.clear()  # nothing was timed
     show(report.table(), document, json)
+    if out is not None:
+        shown = {"capacity": document}
+        if costs != ROOFLINE:
+            shown["throughput"] = read_document(Path(costs))
+        with _matplotlib():
+            out.write_text(page(shown), encoding="utf-8")
 
 
 def _costs(source: str) -> tuple[Costs, Limits, Sizes, Requests]:
@@ -112,3 +123,60 @@ def _costs(source: str) -> tuple[Costs, Limits, Sizes, Requests]:
         return paper, gpu_limits(paper), Sizes(image=576), Requests(64, 1, 128)
     measured = read_run(read_document(Path(source), "throughput"))
     return measured.costs, measured.limits, measured.sizes, measured.requests
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    from ..engine.errors import MissingExtra
+
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(f"pictures need matplotlib: pip install 'stockade[bench]' ({error})") from None
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="With the JSON of runs, one a file.")],
+    out: Annotated[Path | None, typer.Option(help="The page. (default: DIR/report.html)")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another folder, measured before: says what changed.")] = None,
+    pngs: Annotated[Path | None, typer.Option("--png", help="A folder for the pictures as files.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown, too.")] = False,
+    readme: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make what stands between `bench` markers in it anew, and bench/data/bench-*.png beside it."
+        ),
+    ] = None,
+) -> None:
+    """A page with tables and pictures of all runs in a folder; what changed against another; the README's tables."""
+    from .compare import compare
+    from .page import page, read_folder
+    from .pictures import pictures
+    from .readme import write_readme
+    from .result_tables import tables
+
+    console = Console(stderr=True, highlight=False)
+    documents = read_folder(folder)
+    comparisons = []
+    if against is not None:
+        before = read_folder(against)
+        comparisons = [compare(before[name], documents[name]) for name in documents if name in before]
+        if not comparisons:
+            raise BadDocument(f"{against} and {folder} have no file of the same name to compare")
+    with _matplotlib():
+        if readme is not None:
+            written = write_readme(readme, documents, readme.parent / "bench" / "data")
+            console.print(f"Written: {readme} and {len(written)} pictures")
+        if readme is None or out is not None:
+            target = out or folder / "report.html"
+            target.write_text(page(documents, comparisons), encoding="utf-8")
+            console.print(f"Written: {target}")
+        if pngs is not None:
+            pngs.mkdir(parents=True, exist_ok=True)
+            for name, document in documents.items():
+                for picture in pictures(document):
+                    (pngs / f"{name}-{picture.name}.png").write_bytes(picture.png())
+    if markdown:
+        for document in documents.values():
+            for table in tables(document):
+                print(f"### {table.title}\n\n{table.markdown()}\n")

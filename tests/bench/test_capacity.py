@@ -427,10 +427,11 @@ def test_the_command_answers_the_question_from_a_file_and_refuses_others(tmp_pat
     file, out = tmp_path / "run.json", tmp_path / "capacity.json"
     throughput_run(simulated).write(file)
     arguments = ["capacity", "--costs", str(file), "--rate", "30", "--harmful", "0.05", "--guards", "ecso,probe"]
-    arguments += ["--objective", "e2e=2s", "--requests", "60", "--json", str(out)]
+    arguments += ["--objective", "e2e=2s", "--requests", "60", "--json", str(out), "--out", str(tmp_path / "p.html")]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert "30 requests/s with 5 % harmful answers" in done.output
+    assert "30 requests/s" in (tmp_path / "p.html").read_text()
     known = json.loads(out.read_text())
     assert [row["guard"] for row in known["rows"]] == ["off", "ecso", "probe"]
     assert known["rows"][1]["work_over_unguarded"] > known["rows"][2]["work_over_unguarded"] > 0.9
