@@ -146,10 +146,12 @@ class Speaker:
         for id in self.tokenizer(prompt.replace("<image>", token))["input_ids"]:
             ids += next(waiting).place.ids if id == self.vision.image_token_id else [id]
         row = torch.tensor([ids])
-        inputs = {name: torch.cat([image.inputs[name] for image in prepared]) for name in prepared[0].inputs}
+        taken = inspect.signature(self.model.forward).parameters
+        names = [name for name in prepared[0].inputs if name in taken]
+        inputs = {name: torch.cat([image.inputs[name] for image in prepared]) for name in names}
         if self.model.config.model_type in ("idefics3", "smolvlm"):
             inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}  # of one prompt
-        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+        if "mm_token_type_ids" in taken:
             inputs["mm_token_type_ids"] = (row == self.vision.image_token_id).long()
         return BatchEncoding({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})
 

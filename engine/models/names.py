@@ -16,10 +16,10 @@ _RULES = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
-        (r"^(?:model\.)?(multi_modal_projector|visual)\.", r"\1."),
+        (r"^(?:model\.)?(multi_modal_projector|visual|connector|vision_model)\.", r"\1."),
         (r"^model\.image_newline$", "image_newline"),
         (r"^(?:model\.)?language_model\.(?=model\.|lm_head\.|score\.)", ""),
-        (r"^model\.language_model\.", "model."),
+        (r"^model\.(?:language_model|text_model)\.", "model."),
     )
 )
 # Buffers that old releases saved; every implementation computes them anew.

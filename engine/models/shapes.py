@@ -27,6 +27,9 @@ _PROCESSORS = {
     "LlavaNext": "LlavaNextImageProcessorPil",
     "LlavaOnevision": "LlavaOnevisionImageProcessorPil",
     "Qwen2": "Qwen2VLImageProcessorPil",
+    "GotOcr2": "GotOcr2ImageProcessorPil",
+    "Idefics3": "Idefics3ImageProcessorPil",
+    "SmolVLM": "SmolVLMImageProcessorPil",
 }
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _IMAGE = "<image>"

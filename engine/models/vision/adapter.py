@@ -9,7 +9,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ...errors import CheckpointMismatch, UnsupportedImage
 from ...images import LoadedImage
 
 REMEMBERED_BYTES = 256 << 20
+TILES_AT_ONCE = 16  # bounds the tower's memory, however many tiles images have
 
 
 class Placement(NamedTuple):
@@ -180,6 +181,26 @@ class VisionAdapter(nn.Module, ABC):
 def image_token_id(config: Any) -> int:
     """The token that holds a row of an image's features; in templates it stands for a whole image."""
     return int(getattr(config, "image_token_id", None) or config.image_token_index)
+
+
+def in_tiles(images: Sequence[PreparedImage], tower: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Features of each image [1, rows, hidden], by a tower that takes some tiles [tiles, 3, height, width] and gives
+    [tiles, rows of each, hidden]."""
+    counts = [len(image.inputs["pixel_values"]) for image in images]
+    tiles = torch.cat([image.inputs["pixel_values"] for image in images])
+    found = torch.cat([tower(some) for some in tiles.split(TILES_AT_ONCE)])
+    return [rows.flatten(0, 1).unsqueeze(0) for rows in found.split(counts)]
+
+
+def marker(tokenizer: Any, attribute: str, usual: str) -> str:
+    """The text of a token that marks images: what the tokenizer has under that attribute, else the usual one.
+
+    Raises `CheckpointMismatch` for one that is no added token, since a user's text could spell it.
+    """
+    text = str(getattr(tokenizer, attribute, None) or usual)
+    if text not in tokenizer.get_added_vocab():
+        raise CheckpointMismatch(f"the tokenizer has no added token {text!r}, which marks images for this model")
+    return text
 
 
 def _bytes(image: PreparedImage) -> int:

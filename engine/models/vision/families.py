@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from .adapter import VisionAdapter
+from .idefics3 import Idefics3Vision
+from .internvl import InternVision
 from .llava import LlavaVision
 from .llava_next import LlavaNextVision, LlavaOnevisionVision
 from .qwen_vl import QwenVision
 
 # `model_type` of a checkpoint's configuration -> its eyes
 ADAPTERS: dict[str, type[VisionAdapter]] = {
+    "idefics3": Idefics3Vision,
+    "internvl": InternVision,
     "llava": LlavaVision,
     "llava_next": LlavaNextVision,
     "llava_onevision": LlavaOnevisionVision,
     "qwen2_5_vl": QwenVision,
     "qwen3_vl": QwenVision,
+    "smolvlm": Idefics3Vision,
 }
