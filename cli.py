@@ -16,6 +16,7 @@ from .bench.commands import app as bench_app
 from .engine.errors import BadInput, InvalidGuard, StockadeError
 from .engine.named import GUARDS, EngineNames, guard_named, release_named, source_named
 from .export.commands import app as export_app
+from .train.commands import data_app
 from .train.commands import train_app as training_app
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(export_app, name="export")
 app.add_typer(train_app, name="train")
 train_app.add_typer(training_app)
+app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 train_app = typer.Typer()
+data_app = typer.Typer(help="Make data to train on.", no_args_is_help=True)
 
 BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint folder, a GGUF file or a bundle.")]
 OutOption = Annotated[
@@ -122,6 +123,149 @@ def detector(
         )
     console.print(Markdown(card.to_markdown()))
     console.print(f"Written: {out}")
+
+
+@train_app.command()
+def detoxifier(
+    base: BaseArgument,
+    data: Annotated[
+        list[Path], typer.Option("--data", exists=True, dir_okay=False, help="A file of triples; may be given again.")
+    ],
+    out: OutOption,
+    adapter: Annotated[str, typer.Option("--adapter", help="lora, or alora (activated).")] = "lora",
+    invocation: Annotated[
+        str | None, typer.Option("--invocation", help="Text from which on an activated adapter applies.")
+    ] = None,
+    rate: RateOption = 2e-5,
+    epochs: EpochsOption = 4,
+    batch: BatchOption = 4,
+    max_tokens: LengthOption = 512,
+    warmup: WarmupOption = 0.0,
+    weight_decay: DecayOption = 0.001,
+    rank: RankOption = 128,
+    alpha: AlphaOption = 32,
+    dropout: DropoutOption = 0.1,
+    target: TargetOption = None,
+    seed: SeedOption = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Triples at most.")] = None,
+    skip_bad: SkipOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "fp32",
+) -> None:
+    """Train a detoxifier: a language model that rewrites harmful answers.
+
+    A triple is a question, a harmful and a harmless answer; see `stockade data
+    detoxifier`. The defaults are the published recipe's.
+    """
+    from rich.markdown import Markdown
+
+    from .detoxifier import INVOCATION, train_detoxifier
+
+    recipe = recipe_of(
+        adapter, rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed
+    )
+    console = Console(highlight=False)
+    with telling(console) as told:
+        card = train_detoxifier(
+            base,
+            data,
+            out,
+            recipe=recipe,
+            invocation=INVOCATION if invocation is None else invocation,
+            limit=limit,
+            skip_bad=skip_bad,
+            device=torch_device(device),
+            dtype=torch_dtype(dtype),
+            progress=told,
+        )
+    console.print(Markdown(card.to_markdown()))
+    console.print(f"Written: {out}")
+
+
+@data_app.command("detoxifier")
+def detoxifier_data(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", exists=True, help="A data directory, or rows of question and harmful.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSON lines; what is in it already is not made again.")],
+    model: Annotated[str, typer.Option("--model", help="Of the engine, or the endpoint's name for it.")] = "smol",
+    detector: Annotated[
+        str | None, typer.Option("--detector", help="What it finds harmful is not taught. (default: the model's own)")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="OpenAI-compatible, http…/v1; its key in OPENAI_API_KEY.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer.")] = 256,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Harmful answers at most.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split; only what trains is taken.")] = 0,
+    skip_bad: SkipOption = False,
+) -> None:
+    """Write (question, harmful, harmless) triples: a model rewrites harmful answers.
+
+    The exit code is 1 when some are missing: run it again.
+    """
+    import os
+
+    from ..engine.sampling import SamplingParams
+    from .detoxifier_data import make_triples, read_harmful
+    from .rows import Skipped, refuse
+    from .teachers import EndpointTeacher, EngineTeacher, Teacher
+
+    skipped = Skipped()
+    harmful = read_harmful(source, seed=seed, bad=skipped if skip_bad else refuse)[:limit]
+    console = Console(highlight=False)
+    teacher: Teacher
+    if endpoint is not None:
+        teacher = EndpointTeacher(endpoint, model, os.environ.get("OPENAI_API_KEY"), max_tokens)
+    else:
+        with console.status(f"loading {model} …"):
+            from ..engine.named import EngineNames
+
+            engine = EngineNames(model, detector).engine()
+        teacher = EngineTeacher(engine, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    with telling(console) as told:
+        made = make_triples(harmful, teacher, out, progress=told)
+    console.print(
+        f"{out}: {made.triples} triples; {made.failed} without an answer; {skipped.count} bad rows left out"
+    )
+    if made.failed:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def ecso(
+    queries: Annotated[
+        Path, typer.Argument(metavar="QUERIES", exists=True, dir_okay=False, help="Rows of query, and image.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A .json file; a .jsonl file beside it keeps what is done.")],
+    model: Annotated[str, typer.Option("--model", help="A model with eyes, if there are images.")] = "smol",
+    image_root: Annotated[
+        Path | None, typer.Option("--image-root", exists=True, file_okay=False, help="Images must lie in here.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer.")] = 512,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Queries at most.")] = None,
+    skip_bad: SkipOption = False,
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")] = None,
+) -> None:
+    """Answer unsafe queries under ECSO, and write LLaVA-format pairs to train on."""
+    from ..engine.named import EngineNames
+    from ..engine.sampling import SamplingParams
+    from .ecso_data import make_pairs, read_queries
+    from .rows import Skipped, refuse
+
+    skipped = Skipped()
+    asked = read_queries(queries, skipped if skip_bad else refuse)[:limit]
+    console = Console(highlight=False)
+    with console.status(f"loading {model} …"):
+        engine = EngineNames(model, device=device, dtype=dtype).engine()
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    with telling(console) as told:
+        pairs = make_pairs(engine, asked, image_root, out, sampling=sampling, progress=told)
+    console.print(
+        f"{out}: {pairs.clean} answers that the model found harmless, {pairs.mended} with eyes closed; "
+        f"{pairs.refused} refused, {skipped.count} bad rows left out"
+    )
 
 
 # What the commands share.

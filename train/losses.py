@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that is no target
-
 
 def harm_loss(logits: Tensor, harmless: Tensor) -> Tensor:
     """Binary cross entropy of logits [n] of P(harmless) with labels [n] (1 = harmless), as MLLM-Protector has it."""
@@ -31,9 +29,3 @@ def streaming_loss(whole: Tensor, beginnings: Tensor, harmless: Tensor) -> Tenso
     whole: [n]; beginnings: [n, marks], infinity where an answer has none; harmless: [n].
     """
     return harm_loss(torch.minimum(whole, beginnings.amin(1)), harmless)
-
-
-def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the targets: logits [rows, tokens, vocabulary] of each token's successor; labels [rows,
-    tokens], `IGNORED` where a token is no target."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

@@ -6,9 +6,11 @@ from math import exp, log, log1p
 
 import pytest
 import torch
+from torch.nn import Identity
 
 from stockade.train.detector import pairs_loss
-from stockade.train.losses import IGNORED, harm_loss, pairwise_loss, streaming_loss, target_loss
+from stockade.train.losses import harm_loss, pairwise_loss, streaming_loss
+from stockade.train.targets import Target, target_loss
 
 
 def bce(logit: float, label: int) -> float:
@@ -42,9 +44,13 @@ def test_the_streaming_loss_is_of_the_lowest_score() -> None:
     assert float(none) == pytest.approx(float(harm_loss(whole, torch.tensor([True, False]))))
 
 
-def test_only_targets_count_and_each_is_told_by_the_token_before() -> None:
-    logits = torch.zeros(1, 4, 3)
-    logits[0, 1, 2] = 5.0
-    labels = torch.tensor([[IGNORED, IGNORED, 2, IGNORED]])
-    assert float(target_loss(logits, labels)) == pytest.approx(log(1 + 2 * exp(-5.0)), abs=1e-6)
-    assert float(target_loss(logits.roll(1, 1), labels)) == pytest.approx(log(3), abs=1e-6)
+def test_only_targets_count_and_each_is_told_from_the_token_before() -> None:
+    """Two rows of one-hot states, whose logits are the states."""
+    states = torch.zeros(2, 5, 3)
+    states[0, 1, 2], states[0, 2, 0], states[1, 3, 1] = 5.0, 5.0, 5.0
+    targets = [Target([0, 1, 2, 1], 2), Target([0, 0, 0, 0, 1], 4)]  # token 2 after place 1, 1 after 2; 1 after 3
+    right, wrong = log(1 + 2 * exp(-5.0)), log(1 + 2 * exp(-5.0)) + 5
+    assert float(target_loss(states, Identity(), targets)) == pytest.approx((right + wrong + right) / 3, abs=1e-6)
+    changed = states.clone()
+    changed[0, 0] = changed[0, 3] = changed[1, :3] = changed[1, 4] = 9.0  # prompts, last tokens, padding
+    assert torch.equal(target_loss(changed, Identity(), targets), target_loss(states, Identity(), targets))
