@@ -182,6 +182,67 @@ def detoxifier(
     console.print(f"Written: {out}")
 
 
+@train_app.command()
+def mllm(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A LLaVA checkpoint's folder.")],
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", exists=True, dir_okay=False, help="Pairs in LLaVA's format; may be given again."),
+    ],
+    out: OutOption,
+    image_root: Annotated[
+        Path | None, typer.Option("--image-root", exists=True, file_okay=False, help="Images must lie in here.")
+    ] = None,
+    mix: Annotated[
+        list[Path] | None,
+        typer.Option("--mix", exists=True, dir_okay=False, help="Utility data in the same format; repeatable."),
+    ] = None,
+    share: Annotated[float, typer.Option("--share", help="Of utility data in all that is trained.")] = 0.5,
+    rate: RateOption = 2e-5,
+    epochs: EpochsOption = 1,
+    batch: BatchOption = 4,
+    max_tokens: LengthOption = 1024,
+    warmup: WarmupOption = 0.03,
+    weight_decay: DecayOption = 0.0,
+    rank: RankOption = 128,
+    alpha: AlphaOption = 256,
+    dropout: DropoutOption = 0.05,
+    target: TargetOption = None,
+    seed: SeedOption = 0,
+    skip_bad: SkipOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "fp32",
+) -> None:
+    """Fine-tune a multimodal model: a LoRA on its language model, and its projector.
+
+    `stockade data ecso` makes such pairs.
+    """
+    from rich.markdown import Markdown
+
+    from .mllm import train_mllm
+
+    recipe = recipe_of(
+        "lora", rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed
+    )
+    console = Console(highlight=False)
+    with telling(console) as told:
+        card = train_mllm(
+            base,
+            data,
+            out,
+            utility=mix or (),
+            share=share,
+            images=image_root,
+            recipe=recipe,
+            skip_bad=skip_bad,
+            device=torch_device(device),
+            dtype=torch_dtype(dtype),
+            progress=told,
+        )
+    console.print(Markdown(card.to_markdown()))
+    console.print(f"Written: {out}")
+
+
 @data_app.command("detoxifier")
 def detoxifier_data(
     source: Annotated[

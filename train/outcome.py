@@ -66,8 +66,12 @@ class Folder:
 
 def versions(backbone: Backbone) -> str:
     """What a card says a run was made with."""
-    dtype = str(next(backbone.model.parameters()).dtype).removeprefix("torch.")
+    return device_and_versions(next(backbone.model.parameters()).dtype, backbone.device)
+
+
+def device_and_versions(dtype: torch.dtype, device: torch.device) -> str:
+    named = str(dtype).removeprefix("torch.")
     return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {dtype} on {backbone.device.type} "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {named} on {device.type} "
         f"({platform.machine()})"
     )

@@ -223,7 +223,9 @@ class _Loader:
         classifier = "score.weight" in checkpoint.shapes
         try:
             tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-            parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, self.device, self.dtype)
+            # an adapter's folder holds no image processor; its base's is where the tokenizer is
+            folder = checkpoint.tokenizer_path if is_adapter(checkpoint.path) else checkpoint.path
+            parts = _Parts(checkpoint.config, classifier, folder, tied, self.device, self.dtype)
         except UnknownArchitecture as refusal:
             return self._fall_back(checkpoint, refusal)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
