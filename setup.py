@@ -26,11 +26,13 @@ EXTRAS = {
         "onnx>=1.20",
         "onnxruntime>=1.24",
         "openai>=3.0",
+        "opentelemetry-exporter-otlp-proto-http>=1.25",
         "opentelemetry-sdk>=1.25",
         "peft>=0.15",
         "pytest-benchmark>=4.0",
         "pytest>=8.0",
         "ruff>=0.6",
+        "schemathesis>=4.30",
         "tritonclient>=2.50",  # Triton's published schemas
     ],
 }

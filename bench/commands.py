@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..engine.errors import BadInput
 from .load_commands import latency, throughput
 from .options import (
     DetectorOption,
@@ -238,13 +239,17 @@ def serve(
     soak: Annotated[
         int | None, typer.Option(min=8, help="Instead: so many mixed requests with faults, on tiny random models.")
     ] = None,
+    on_ray: Annotated[
+        bool,
+        typer.Option("--ray", help="With --soak: two replicas on Ray Serve, which are killed now and then."),
+    ] = False,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
 ) -> None:
     """What the server costs over the bare engine, and how it holds under load. --soak: whether it leaks anything."""
     if soak is not None:
-        _soak(soak, seed, json)
+        _soak(soak, seed, json, on_ray)
         return
     from .serve import ServeConfig, run_serve
 
@@ -256,7 +261,7 @@ def serve(
     )
 
 
-def _soak(requests: int, seed: int, json: Path | None) -> None:
+def _soak(requests: int, seed: int, json: Path | None, on_ray: bool) -> None:
     """Exits with 1 where the soak has complaints."""
     from tempfile import TemporaryDirectory
 
@@ -266,7 +271,15 @@ def _soak(requests: int, seed: int, json: Path | None) -> None:
     console = Console(stderr=True, highlight=False)
     session: Session = begin(console)
     with TemporaryDirectory() as folder, progress(console) as told:
-        report = run_soak(SoakConfig(requests, seed=seed), told, Path(folder))
+        config = SoakConfig(requests, seed=seed)
+        if on_ray:
+            try:
+                from .soak_ray import run_ray_soak
+            except ImportError as error:
+                raise BadInput(f"--ray needs {error.name}: pip install 'stockade[ray]'") from None
+            report: Any = run_ray_soak(config, told, Path(folder))
+        else:
+            report = run_soak(config, told, Path(folder))
     emit(report.table(), report.to_dict(), session, json)
     if report.complaints:
         raise typer.Exit(1)

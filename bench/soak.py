@@ -163,14 +163,14 @@ def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: 
     models = load_models("tiny-llava", "tiny-llama", "tiny-llama", device="cpu")
     largest = max(model.layout(16).page_bytes for model in models.models.values())
     engine = Engine(models=models, tokens_per_page=16, kv_bytes=largest * config.pages, max_sequences=24)
-    threshold = _quantile(engine, HarmHead(template="response", threshold=0.0), 0.15)
-    judged = _quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.15)
+    threshold = quantile(engine, HarmHead(template="response", threshold=0.0), 0.15)
+    judged = quantile(engine, SelfJudge(threshold=0.0, min_mass=1e-9), 0.15)
     witness = Witness(engine, threshold, config.faults, random.Random(config.seed), folder / "read.jsonl")
-    clients = _Clients(config, told)
+    clients = Clients(config, told)
     began, threads = time.perf_counter(), threading.active_count()
     audit = folder / "audit.jsonl"
     with served(
-        engine, _policy(threshold, judged), max_requests=config.at_once, max_tokens=96, audit=audit
+        engine, soak_policy(threshold, judged), max_requests=config.at_once, max_tokens=96, audit=audit
     ) as server:
         asyncio.run(clients.run(server.port))
         _check_rest(server, clients.complaints)
@@ -197,7 +197,7 @@ def run_soak(config: SoakConfig, told: Callable[[str, int, int], None], folder: 
     )
 
 
-def _policy(threshold: float, judged: float) -> Policy:
+def soak_policy(threshold: float, judged: float) -> Policy:
     limits: dict[str, Any] = {"timeout": GUARD_TIMEOUT}
     head = HarmHead(template="response", threshold=threshold, prefix_threshold=threshold, chunk=8, **limits)
     judge = SelfJudge(threshold=judged, min_mass=1e-9, **limits)
@@ -210,7 +210,7 @@ def _policy(threshold: float, judged: float) -> Policy:
     return Policy(guards, "protector", loosest="window")
 
 
-def _quantile(engine: Engine, detector: Detector, share: float) -> float:
+def quantile(engine: Engine, detector: Detector, share: float) -> float:
     """A threshold under which about this share of random answers lies."""
     guard, scores = Guard(detector, Refuse()), []
     for number in range(24):
@@ -221,7 +221,7 @@ def _quantile(engine: Engine, detector: Detector, share: float) -> float:
     return scores[int(len(scores) * share)]
 
 
-class _Clients:
+class Clients:
     """Sends the requests and judges what comes back."""
 
     def __init__(self, config: SoakConfig, told: Callable[[str, int, int], None]) -> None:

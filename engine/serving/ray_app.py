@@ -102,6 +102,11 @@ class AppArgs(BaseModel):
     audit: Path | None = None
     audit_key: Path | None = None
     audit_texts: bool = False
+    image_origins: list[str] = []
+    origins: list[str] = []
+    reveal: bool = False
+    traces: bool = False
+    drain: float = 30.0
     replicas: int = 1
     max_replicas: int | None = None
     detector_replicas: int = 0
@@ -314,18 +319,24 @@ def serve_on_ray(names: EngineNames, serving: Serving, scale: Scale, tell: Calla
 
     Where RAY_ADDRESS names a cluster it serves there, else on a Ray of its own on this machine. Raises as `deploy`.
     """
-    told: list[int] = []
+    again: list[int] = []
     with running(serving):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # after Ray has set its own
-            signal.signal(number, lambda number, _: told.append(number))
+        signal.signal(signal.SIGHUP, lambda number, _: again.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's own
+            signal.signal(number, _stop)
         deploy(names, serving, scale)
         tell(f"stockade serves {serving.model} in {scale.replicas} replicas at http://{serving.host}:{serving.port}")
-        while not told or told[-1] == signal.SIGHUP:
-            if told:
-                told.clear()
+        while True:
+            if again:
+                again.clear()
                 deploy(names, serving, scale)
                 tell("every replica was replaced")
             time.sleep(0.2)
+
+
+def _stop(*_: object) -> None:
+    """Whatever is under way here, be it a replacement."""
+    raise SystemExit(0)
 
 
 @contextmanager

@@ -60,6 +60,8 @@ def test_the_command_serves_until_a_signal_ends_it_and_closes_its_log(tmp_path: 
         (["--guard", "off", "--threshold", "0.5"], InvalidGuard, "no threshold"),
         (["--release", "window", "--allow-release", "verdict"], InvalidGuard, "tighter"),
         (["--release", "never"], BadInput, "release must be"),
+        (["--replicas", "2"], BadInput, "add --ray"),
+        (["--detector-replicas", "1"], BadInput, "add --ray"),
     ],
 )
 def test_settings_that_make_no_server_are_refused_before_anything_is_loaded(

@@ -25,12 +25,17 @@ from typer.testing import CliRunner
 pytest.importorskip("ray", reason="the extra ray is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
+from pydantic import ValidationError
+
 from stockade.cli import app
+from stockade.engine.errors import BadInput, InvalidGuard
+from stockade.engine.serving import ray_app
+from stockade.engine.serving.ray_app import AppArgs, Scale
 from stockade.export.exporter import export_detector
 from tests.serving.live import chat
 
 pytestmark = pytest.mark.slow
-STARTING = 240.0  # seconds; its processes import torch, all at once
+STARTING = 400.0  # seconds; its processes import torch, all at once
 CHAT = "/v1/chat/completions"
 
 
@@ -197,6 +202,26 @@ def check(sent: list[Sent], closed: bool = False) -> None:
         if one.error is not None:  # only where some of it had left
             assert one.error == "replica_lost" and one.text, one
             assert texts.get(one.body["messages"][0]["content"], one.text).startswith(one.text)
+
+
+def test_configurations_that_make_no_server_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(InvalidGuard, match="unknown guard"):
+        ray_app.app(AppArgs(guard="nobody"))
+    with pytest.raises(BadInput, match="onnx:FOLDER"):
+        ray_app.app(AppArgs(detector_replicas=1))
+    with pytest.raises(ValidationError):
+        AppArgs.model_validate({"replica": 3})
+    for wrong in ({"replicas": 0}, {"replicas": 3, "max_replicas": 2}, {"cpus": 0}, {"queue": 0}):
+        with pytest.raises(BadInput):
+            ray_app.app(AppArgs(**wrong))
+    empty = tmp_path / "keys"
+    empty.write_text("")
+    with pytest.raises(BadInput, match="no keys"):
+        ray_app.app(AppArgs(keys=empty))
+    assert Scale.sharing(2, 2, None, 0) == Scale(2, cpus=1, detector_cpus=1)
+    assert Scale.sharing(2, 2, 3, 1).cpus == 0.4
+    with pytest.raises(BadInput, match="too many"):
+        Scale.sharing(2, 500, None, 0)
 
 
 def test_equal_beginnings_go_to_one_replica_and_others_to_all(cluster: Cluster) -> None:
