@@ -33,8 +33,8 @@ DetectorOption = Annotated[
     typer.Option(
         "--detector",
         help="Like --model (a guard model: with its name as --guard), or a head file; harm=LABEL:CLASSIFIER says "
-        "which label is harm, ADAPTER,BASE merges an adapter, attach:ADAPTER uses the model's weights, onnx:FOLDER "
-        "runs an exported one beside the engine.",
+        "which label is harm, chat:CLASSIFIER that it reads chats, ADAPTER,BASE merges an adapter, attach:ADAPTER "
+        "uses the model's weights, onnx:FOLDER runs an exported one beside the engine.",
     ),
 ]
 DetoxifierOption = Annotated[

@@ -5,7 +5,7 @@ What takes seconds to import is imported where it is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -99,7 +99,10 @@ def source_named(text: str) -> Source:
 
 
 def detector_named(text: str) -> DetectorSource:
-    """As `source_named`; harm=LABEL+LABEL:SOURCE says which labels (ids or names) of a classifier mean harm."""
+    """As `source_named`; harm=LABEL+LABEL:SOURCE says which labels (ids or names) of a classifier mean harm. chat:
+    before either: it reads conversations in its chat template."""
+    if text.startswith("chat:") and not Path(text).exists():
+        return _of_chats(detector_named(text.removeprefix("chat:")), text)
     if not text.startswith("harm=") or Path(text).exists():
         return source_named(text)
     from .models.loader import Attached, Classifier
@@ -119,3 +122,11 @@ def device_named(text: str) -> str:
         return text
     there = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device here"
     raise BadInput(f"cannot use the device {text!r}; there is {there}")
+
+
+def _of_chats(found: DetectorSource, text: str) -> DetectorSource:
+    from .models.loader import Attached, Classifier
+
+    if isinstance(found, Attached):
+        raise BadInput(f"{text!r}: an attached adapter has its template in its head; only classifiers are given one")
+    return replace(found if isinstance(found, Classifier) else Classifier(found), template="chat")

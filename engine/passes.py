@@ -102,12 +102,13 @@ class Score:
     """One forward pass of a detector over a text; the result is a `Scored`.
 
     `pool_from` is the index of the segment with which pooling starts (a head that pools the mean reads the
-    answer's tokens only); tokens before it are context. A detector that is an adapter on the answering model may
-    continue the answer's own sequence.
+    answer's tokens only); tokens before it are context. A chat goes through the detector's own template, and may end
+    with the assistant's turn. A detector that is an adapter on the answering model may continue the answer's own
+    sequence.
     """
 
     model: str
-    prompt: tuple[Segment, ...] | Continue
+    prompt: tuple[Segment, ...] | Chat | Continue
     pool_from: int = 0
     label: str = "score"
     timeout: float | None = None

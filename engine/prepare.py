@@ -55,6 +55,10 @@ def make_sequence(
 ) -> Sequence:
     """The sequence of a pass. Raises a `BadInput` when its prompt cannot be run by this model."""
     encoded = encode(model, step.prompt)
+    if isinstance(step, Score) and isinstance(step.prompt, Chat):
+        # `transformers` reads a classifier's score from the last token that is not the pad's, which may be the EOS's
+        while encoded.tokens and encoded.tokens[-1] == model.pad_id:
+            encoded = Encoded(encoded.tokens[:-1], encoded.content[:-1], encoded.images)
     count = len(encoded.tokens)
     if not count:
         raise BadInput(f"the {step.label} pass has an empty prompt")
@@ -100,7 +104,7 @@ def make_sequence(
 def outside_tokens(model: OutsideDetector, step: Score) -> tuple[list[int], int]:
     """The tokens of a text that a detector outside the engine scores, and the first one that a mean is over. Raises a
     `BadInput` for what it cannot read."""
-    if isinstance(step.prompt, Continue) or any(isinstance(item, ImageSegment) for item in step.prompt):
+    if isinstance(step.prompt, Continue | Chat) or any(isinstance(item, ImageSegment) for item in step.prompt):
         raise BadInput(f"{model.name} runs outside the engine and reads text only")
     check_characters(model, sum(len(item.text) for item in step.prompt if not isinstance(item, ImageSegment)))
     tokens = model.codec.encode(step.prompt, add_special_tokens=True)
@@ -172,6 +176,8 @@ def _variants(model: Model, word: str) -> tuple[int, ...]:
 
 def _scored_from(model: Model, step: Score, tokens: list[int]) -> int:
     """The first token that a mean is over."""
+    if isinstance(step.prompt, Chat):
+        raise BadInput(f"the head of {model.name} pools the mean of an answer, and cannot read a chat")
     if not isinstance(step.prompt, Continue):
         return first_pooled(model.codec, step.prompt, step.pool_from, tokens)
     stream = step.prompt.answer.stream

@@ -96,7 +96,8 @@ class Codec:
     # Chats and text to ids.
 
     def segments(self, chat: Chat) -> tuple[Segment, ...]:
-        """The chat in the model's template, ready for an answer; all its message text is `Untrusted`.
+        """The chat in the model's template, ready for an answer unless it ends with one; all its message text is
+        `Untrusted`.
 
         Raises `ImagesNotSupported`, and `InvalidMessage` if there is no template, if it refuses the chat, or if
         it changes or leaves out a text or an image.
@@ -272,7 +273,10 @@ class Codec:
             )
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=chat.messages[-1].role != "assistant",
             )
         except Exception as error:  # a template is a program of the checkpoint's and may fail in any way
             raise InvalidMessage(f"the model's chat template refuses the chat: {error}") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..chat import Chat
+from ..chat import Chat, Message
 from ..errors import InvalidGuard
 from ..passes import Answer, Continue, ModelTraits, Score, Scored, Screen, Screened
 from ..request import Verdict
@@ -95,9 +95,10 @@ class BaseHead:
 class HarmHead(BaseHead):
     """A classifier with one logit over the answer's text (MLLM-Protector's harm detector).
 
-    template: `response`, `question_answer` (the question is the last user turn), or None: the one that the
-    head was trained on, which `bind` fills in. screen: reads the answer while it is decoded. continues: the model is
-    an activated adapter on the MLLM's own weights, which reads the end of the answer's own sequence once it is
+    template: `response`, `question_answer` (the question is the last user turn), `chat` (the whole conversation in
+    the detector's own chat template, without images; it is read once the answer has ended), or None: the one that
+    the head was trained on, which `bind` fills in. screen: reads the answer while it is decoded. continues: the model
+    is an activated adapter on the MLLM's own weights, which reads the end of the answer's own sequence once it is
     there, instead of screening; texts of another conversation it reads in its template. None: as the model's traits
     say, which `bind` fills in.
 
@@ -112,15 +113,16 @@ class HarmHead(BaseHead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.template is not None and self.template not in prompts.DETECTOR_TEMPLATES:
-            allowed = ", ".join(prompts.DETECTOR_TEMPLATES)
+        templates = (*prompts.DETECTOR_TEMPLATES, prompts.FINISHED_CHAT)
+        if self.template is not None and self.template not in templates:
+            allowed = ", ".join(templates)
             raise InvalidGuard(f"template must be one of {allowed} or None, not {self.template!r}")
         if self.stop_below is not None and (self.continues or not self.screen):
             raise InvalidGuard("stop_below needs a head that screens: screen=True, and no activated adapter")
 
     @property
     def incremental(self) -> bool:
-        return self.screen and not self.continues
+        return self.screen and not self.continues and self.template != prompts.FINISHED_CHAT
 
     def bind(self, traits: Mapping[str, ModelTraits]) -> HarmHead:
         """The head with what its model says of itself; raises `InvalidGuard` if that does not fit."""
@@ -140,7 +142,7 @@ class HarmHead(BaseHead):
             raise InvalidGuard(f"{self.model!r} cannot continue an answer: it is no activated adapter on {MLLM!r}")
         continues = True if able and self.continues is None else self.continues
         # an activated adapter scores the end of its invocation: it has nothing to say of a text still being written
-        screen = self.screen and own.reads_along and not own.continues
+        screen = self.screen and own.reads_along and not own.continues and template != prompts.FINISHED_CHAT
         if self.stop_below is not None and not screen:
             raise InvalidGuard(f"stop_below needs a head that screens; {self.model!r} reads a text when it has ended")
         return replace(self, template=template, continues=continues, screen=screen)
@@ -160,6 +162,9 @@ class HarmHead(BaseHead):
                 return self._verdict(found)
         if self.continues and _is_first(answer):
             return self._verdict((yield Score(self.model, Continue(answer), timeout=self.timeout)))
+        if self.template == prompts.FINISHED_CHAT:
+            finished = Chat((*chat.without_images().messages, Message("assistant", (answer.text,))))
+            return self._verdict((yield Score(self.model, finished, timeout=self.timeout)))
         text = prompts.detector_text(self.template, chat.query, answer.text)
         return self._verdict((yield Score(self.model, text.segments, text.pool_from, timeout=self.timeout)))
 

@@ -20,6 +20,7 @@ REFUSAL = "Sorry, but I can't help you with your request."
 PUBLISHED_JUDGE_CHARS = 1927
 
 DETECTOR_TEMPLATES = ("response", "question_answer")
+FINISHED_CHAT = "chat"  # no text of ours: the detector's own chat template, the answer as the last turn
 
 
 # Not published: `judge` as one more turn of the conversation in which the answer was given.

@@ -16,7 +16,8 @@ from ...kernels.pooled_logit import pooled_classes, pooled_logit
 from ..errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 
 IN_CONTEXT = "context"  # the answering model's own prompt and answer: a head on its own states
-TEMPLATES = ("response", "question_answer", IN_CONTEXT)
+CHAT = "chat"  # the conversation in the detector's own chat template, the answer as its last turn
+TEMPLATES = ("response", "question_answer", CHAT, IN_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class HeadSpec:
                 f"a head needs layer >= 1, pooling last or mean and one of the templates {', '.join(TEMPLATES)}, "
                 f"not {self.layer}, {self.pooling!r} and {self.template!r}"
             )
+        if self.template == CHAT and self.pooling != "last":
+            raise CheckpointMismatch(f"a head that reads a whole {CHAT} pools its last token, not the {self.pooling}")
 
 
 @dataclass(frozen=True)

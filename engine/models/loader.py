@@ -48,7 +48,8 @@ class Classifier:
     harm: an id, a name of `id2label` in any case, or several of them. None: a single label is P(harmless), as of
     MLLM-Protector's detector and of reward models; of several the harmful ones have to be named. P(harm) is the sum
     of the harmful labels' softmax over all; where the configuration's `problem_type` is multi_label_classification,
-    the largest of their sigmoids. template: the text it was trained on, "response" or "question_answer".
+    the largest of their sigmoids. template: the text it was trained on: "response", "question_answer", or "chat" for
+    the conversation in its own chat template with the answer as the last turn, as reward models read it.
     """
 
     source: Checkpointed
@@ -203,7 +204,8 @@ class _Loader:
             )
         assert isinstance(decoder, Decoder)
         head = _classifier_head(decoder, loaded.score, _labels(source, loaded.config), source.template)
-        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head)
+        pad_id = loaded.config.get_text_config().pad_token_id
+        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head, pad_id=pad_id)
 
     def _load(self, source: Checkpointed, classifier: bool) -> _Loaded:
         """classifier says what a named shape is to be; a checkpoint says itself what it is."""

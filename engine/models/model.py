@@ -45,7 +45,8 @@ class Model:
 
     context: most tokens of one sequence. max_images: most images in one prompt. chat_only: it understands
     nothing but its own chat template, so a pass that has both forms of a prompt uses the chat. adapter: index
-    into the backbone's adapters, None for the weights alone.
+    into the backbone's adapters, None for the weights alone. pad_id: what a classifier takes for padding at the end
+    of a text, None where there is none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Model:
     max_images: int = 0
     chat_only: bool = False
     adapter: int | None = None
+    pad_id: int | None = None
 
     @property
     def spec(self) -> HeadSpec | None:

@@ -218,6 +218,10 @@ def test_classifiers_by_name(tmp_path: Path) -> None:
     assert detector_named("harm=1:some/folder") == Classifier("some/folder", (1,))
     assert detector_named("harm=toxic+1:adapter,base") == Classifier(("adapter", "base"), ("toxic", 1))
     assert detector_named("some/folder") == "some/folder"
+    assert detector_named("chat:harm=1:some/folder") == Classifier("some/folder", (1,), "chat")
+    assert detector_named("chat:some/folder") == Classifier("some/folder", None, "chat")
+    with pytest.raises(BadInput, match="only classifiers are given one"):
+        detector_named("chat:attach:folder")
     for wrong in ("harm=1", "harm=:folder", "harm=1:attach:folder"):
         with pytest.raises(BadInput, match="is not harm=LABEL:SOURCE"):
             detector_named(wrong)

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from stockade import Cascade, Guard, HarmHead, Probe, SelfJudge
+from stockade import Cascade, GenerativeGuard, Guard, HarmHead, Probe, SelfJudge
 from stockade.engine.errors import InvalidGuard
+from stockade.engine.guards import TEMPLATES
 from stockade.engine.models.loader import ModelSet
+from stockade.engine.named import guard_named
+from stockade.engine.passes import ModelTraits
 from stockade.engine.serving.policy import Chosen, Policy
 from stockade.engine.serving.protocol import GuardChoice
 from tests.engine.screened import engine_of, probe_on, with_models
@@ -54,6 +57,24 @@ def test_a_threshold_may_be_raised_and_lowered_only_where_that_is_allowed(models
             choose(policy, models, **wanted)
     loose = Policy({"protector": PROTECTOR}, "protector", loosen=True)
     assert choose(loose, models, threshold=0.1).guard.detector.threshold == 0.1  # type: ignore[union-attr]
+
+
+def test_a_guard_model_is_offered_as_any_other_and_its_threshold_may_be_raised(models: ModelSet) -> None:
+    policy = Policy({"qwen3guard": guard_named("qwen3guard", 0.6)}, "qwen3guard")
+    traits = {"detector": ModelTraits(special_tokens=TEMPLATES["qwen3guard"].specials)}
+    offered = policy.bound(traits)
+    assert [(one.policy, one.threshold, one.releases) for one in offered.offered(traits)] == [
+        ("qwen3guard", 0.6, ["verdict"])
+    ]
+    assert offered.choose(GuardChoice(threshold=0.7), traits).guard.detector == GenerativeGuard(
+        "qwen3guard", threshold=0.7
+    )
+    with pytest.raises(InvalidGuard, match="raised, not lowered"):
+        offered.choose(GuardChoice(threshold=0.5), traits)
+    with pytest.raises(InvalidGuard, match="judges at the end"):
+        Policy({"qwen3guard": guard_named("qwen3guard")}, "qwen3guard", "window").bound(traits)
+    with pytest.raises(InvalidGuard, match="has a head that scores"):
+        choose(policy, models)
 
 
 def test_the_head_s_own_threshold_is_the_least_where_the_operator_names_none(models: ModelSet) -> None:
