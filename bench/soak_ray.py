@@ -70,7 +70,7 @@ class RaySoakReport:
 
 
 def run_ray_soak(
-    config: SoakConfig, told: Callable[[str, int, int], None], folder: Path, replicas: int = 2, every: int = 100
+    config: SoakConfig, told: Callable[[str, int, int], None], folder: Path, replicas: int = 2, every: int = 40
 ) -> RaySoakReport:
     """every: requests after which one of the replicas is killed. folder: for the audit logs."""
     engine = Engine(models=load_models(*MODELS, device="cpu"))
