@@ -401,9 +401,10 @@ def models(
     The exit code is 1 when that one would be refused.
     """
     from .console import plain_table, printable
+    from .engine.guards.templates import TEMPLATES
     from .engine.models.loader import BUNDLES, Attached
     from .engine.models.shapes import NAMED_SHAPES
-    from .engine.models.support import EXACT, Way, markdown, outlook, rows
+    from .engine.models.support import EXACT, Way, guard_rows, markdown, outlook, rows
 
     console = Console(highlight=False)
     if source is not None:
@@ -418,11 +419,12 @@ def models(
         if way is Way.REFUSED:
             raise typer.Exit(1)
         return
+    lines = [*rows(), *guard_rows({name: prompt.model for name, prompt in TEMPLATES.items()})]
     if as_markdown:
-        print(markdown(rows()))
+        print(markdown(lines))
         return
     table = plain_table("What --model takes", ["kind", "model", "model_type", "runs on", ""])
-    for row in rows():
+    for row in lines:
         table.add_row(row.kind, row.name, ", ".join(row.types), row.way, row.note)
     console.print(table)
     table = plain_table("And", ["", "names", "checked by"])

@@ -162,6 +162,18 @@ def rows() -> Iterator[Row]:
             yield Row(PAPERS, found.name, (kind,), Way.REFUSED, f"{found.why}; {_instead(found)}")
 
 
+def guard_rows(prompts: Mapping[str, str]) -> Iterator[Row]:
+    """Lines of guard models, by the name of their prompt; `prompts` says whose each is."""
+    for name, whose in prompts.items():
+        yield Row(
+            "guard models",
+            whose.partition(" (")[0],
+            (name,),
+            Way.ENGINE,
+            "prompt as published, scores as transformers'",
+        )
+
+
 def markdown(table: Iterable[Row]) -> str:
     """The table as a document has it: models of which the same is true share a line."""
     lines = ["| | runs on | models, by `model_type` | |", "|---|---|---|---|"]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from stockade.cli import app
 from stockade.engine.errors import CheckpointError, UnknownArchitecture, UnsafeCheckpoint
+from stockade.engine.guards.templates import TEMPLATES
 from stockade.engine.models.decoder import FAMILIES as OWN
 from stockade.engine.models.fallback import FallbackDecoder
 from stockade.engine.models.loader import TEXT_ONLY, load_models
@@ -24,6 +25,7 @@ from stockade.engine.models.support import (
     ON_FALLBACK,
     PAPERS,
     Way,
+    guard_rows,
     markdown,
     outlook,
     rows,
@@ -154,9 +156,11 @@ def test_the_outlook_knows_what_pages_cannot_run(tmp_path: Path) -> None:
 def test_the_command_shows_the_table_and_one_checkpoint(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     run = CliRunner().invoke
     shown = run(app, ["models"], env={"COLUMNS": "200"}).output
-    for row in rows():
+    guards = list(guard_rows({name: prompt.model for name, prompt in TEMPLATES.items()}))
+    assert [row.types for row in guards] == [(name,) for name in TEMPLATES]
+    for row in (*rows(), *guards):
         assert all(kind in shown for kind in row.types)
-    assert run(app, ["models", "--markdown"]).output == markdown(rows()) + "\n"
+    assert run(app, ["models", "--markdown"]).output == markdown([*rows(), *guards]) + "\n"
     here = run(app, ["models", str(checkpoint("olmo2"))])
     assert here.exit_code == 0 and here.output.startswith("fallback: one of those in tests")
     gone = run(app, ["models", str(tmp_path / "gone")])
