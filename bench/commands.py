@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..engine.errors import BadInput
-from .load_commands import latency, throughput
+from .load_commands import kernels, latency, throughput
 from .options import (
     DetectorOption,
     DetoxifierOption,
@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (latency, throughput, capacity, report):
+for _command in (latency, throughput, kernels, capacity, report):
     app.command()(_command)
 
 

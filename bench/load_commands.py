@@ -1,4 +1,4 @@
-"""`stockade bench latency` and `throughput`: measurements in pieces, which may be interrupted and gone on with."""
+"""`stockade bench latency`, `throughput` and `kernels`: measurements in pieces, which may be gone on with later."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .options import (
     SeedOption,
     dtype_named,
     measure_plan,
+    run_plan,
 )
 
 if TYPE_CHECKING:
@@ -180,6 +181,38 @@ def throughput(
         return ThroughputPlan(engine, config, weights.name, found)
 
     measure_plan("throughput", plan, model or _default_model(profile), detector, detoxifier, json, resume)
+
+
+def kernels(
+    model: Annotated[
+        str, typer.Option(help="Whose shapes: smol, a named shape (llava-1.5-7b), a checkpoint folder.")
+    ] = "smol",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. (default: bf16)")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if there is one)")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="One of the table's first column; repeatable.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Samples of every way.")] = None,
+    profile: ProfileOption = Profile.NORMAL,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Every operation's bandwidth and FLOP/s against what this machine can do, and its reference beside it."""
+    import torch
+
+    from .kernel_cases import KernelSizes
+    from .kernels import KernelsConfig, KernelsPlan
+    from .roofline_report import setup_of
+
+    base = {
+        Profile.CI: KernelsConfig(KernelSizes((1, 4), (64,), 16, 0), repeats=2, sample=1e-5, ceiling_repeats=1),
+        Profile.NORMAL: KernelsConfig(),
+        Profile.NIGHTLY: KernelsConfig(KernelSizes((1, 4, 16, 64), (256, 1024, 4096)), repeats=50),
+    }[profile]
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = dtype_named(dtype) or torch.bfloat16
+    config = replace(base, operations=tuple(operation or ()), repeats=repeats or base.repeats, seed=seed)
+    shape = setup_of(model, None, found.itemsize).model
+    run_plan("kernels", lambda: KernelsPlan(shape, config, model, where, found), json, resume)
 
 
 def _either(given: list[Value] | None, otherwise: tuple[Value, ...]) -> tuple[Value, ...]:

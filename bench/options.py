@@ -67,27 +67,34 @@ def measure_plan(
     file: Path | None,
     resume: bool,
 ) -> None:
+    """Measure a plan that needs checkpoints and show it. Raises and exits as `run_plan` does."""
+    from transformers.utils import logging
+
+    from .workload import sources
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with sources(model, detector, detoxifier) as weights:
+        run_plan(kind, lambda: make(weights), file, resume)
+
+
+def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: bool) -> None:
     """Measure a plan and show it; exits with 130 where that was interrupted.
 
     Raises `BadInput` for --resume without a file, and `BadDocument` for a file that is another measurement's.
     """
-    from transformers.utils import logging
-
     from .document import Session, read_document
     from .report import show, warn
     from .units import resumed, run_units
-    from .workload import sources
 
     if resume and file is None:
         raise BadInput("--resume goes on with the document in the file of --json FILE")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     console = Console(stderr=True, highlight=False)
     earlier = read_document(file, kind) if resume and file is not None and file.exists() else None
     session = Session.begin(earlier)
     warn(console, session.warnings)
-    with sources(model, detector, detoxifier) as weights, progress(console) as told:
-        plan = make(weights)
+    with progress(console) as told:
+        plan = make()
         done = {} if earlier is None else resumed(plan, earlier)
         complete = run_units(plan, done, told)
     rows, more = plan.rows(done), plan.more(done)

@@ -91,13 +91,16 @@ def this_cpu(dtype: torch.dtype) -> Machine:
     return Machine("cpu", read_bandwidth(torch.device("cpu")), matmul_flops(dtype))
 
 
-def matmul_flops(dtype: torch.dtype, rows: int = 1024, size: int = 2048, repeats: int = 9) -> float:
-    """FLOP/s of [rows, size] x [size, size] on the CPU; the best run after one that warms up."""
-    x, weight = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+def matmul_flops(
+    dtype: torch.dtype, rows: int = 1024, size: int = 2048, repeats: int = 9, device: torch.device | None = None
+) -> float:
+    """FLOP/s of [rows, size] x [size, size]; the best run after one that warms up. device: None is the CPU."""
+    x = torch.ones(rows, size, dtype=dtype, device=device)
+    weight = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(repeats + 1):
         began = perf_counter()
-        torch.nn.functional.linear(x, weight)
+        float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for a device
         times.append(perf_counter() - began)
     return 2.0 * rows * size * size / min(times[1:])
 
