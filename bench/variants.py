@@ -123,7 +123,7 @@ def shipped_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
             continue
         if isinstance(detector, Probe):
             detector = replace(detector, fallback=HarmHead("detector-adapter", threshold=THRESHOLDS[path]))
-        if isinstance(detector, HarmHead | Probe):
+        if isinstance(detector, HarmHead | Probe) and detector.prefix_threshold is None:
             detector = replace(detector, prefix_threshold=THRESHOLDS[path])
         if not name.endswith("-rechecked"):
             out[name] = replace(guard, detector=detector, recheck=True)
