@@ -135,7 +135,8 @@ class Codec:
         segments = self.segments(chat)
         bos = self.tokenizer.bos_token
         # Only the template may bring the BOS itself: a user's text that begins with it does not count.
-        has_bos = bool(bos and segments and isinstance(segments[0], Trusted) and segments[0].text.startswith(bos))
+        first = next((part for part in segments if not isinstance(part, ImageSegment)), None)
+        has_bos = bool(bos and isinstance(first, Trusted) and first.text.startswith(bos))
         return self.encode(segments, add_special_tokens=self.template_adds_specials and not has_bos)
 
     def encode_next_turn(self, message: str) -> list[int]:

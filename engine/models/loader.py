@@ -288,6 +288,8 @@ class _Parts:
                 )
             processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
             self.vision = ADAPTERS[config.model_type](config, processor, device, dtype)
+            if folder is not None:
+                self.vision.read(folder)
             self.slots.update(self.vision.slots())
 
     def finish(self, content_hash: str, codec: Codec) -> _Loaded:
@@ -507,12 +509,15 @@ def codec_of(checkpoint: Checkpoint) -> Codec:
     source = checkpoint.tokenizer_path
     tokenizer = load_tokenizer(source)
     folder = source.parent if source.suffix == ".gguf" else source
-    eyes = checkpoint.config.model_type in ADAPTERS
-    image_id = image_token_id(checkpoint.config) if eyes else None
+    eyes = ADAPTERS.get(checkpoint.config.model_type)
+    image_id = None if eyes is None else image_token_id(checkpoint.config)
+    template = None
+    if eyes is not None:
+        template = _processor_template(folder) or (None if tokenizer.chat_template else eyes.chat_template)
     return Codec(
         tokenizer,
         image_token=None if image_id is None else tokenizer.convert_ids_to_tokens(image_id),
-        chat_template=_processor_template(folder) if image_id is not None else None,
+        chat_template=template,
         template_adds_specials=image_id is not None,
         extra_stop_ids=_stop_ids(folder, checkpoint.config),
     )

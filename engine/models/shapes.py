@@ -27,6 +27,7 @@ _PROCESSORS = {
     "LlavaNext": "LlavaNextImageProcessorPil",
     "LlavaOnevision": "LlavaOnevisionImageProcessorPil",
     "Qwen2": "Qwen2VLImageProcessorPil",
+    "Blip": "BlipImageProcessorPil",
     "GotOcr2": "GotOcr2ImageProcessorPil",
     "Idefics3": "Idefics3ImageProcessorPil",
     "SmolVLM": "SmolVLMImageProcessorPil",

@@ -109,7 +109,6 @@ FOREIGN = {
         "its layers attend to images across, and it was released without a configuration",
         ("idefics3", "smolvlm", "llava_onevision"),
     ),
-    "instructblip": Foreign("InstructBLIP", "this engine has no eyes for it", ("llava",)),
     "internvl_chat": Foreign("InternVL as first released", _OWN_CODE, ("internvl", "qwen2_5_vl")),
 }
 IN_PAPERS = (

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ class VisionAdapter(nn.Module, ABC):
 
     language = "language_model"  # the part of the family's model that the engine's own decoder replaces
     reads_prompt = False  # whether an image's features depend on the text around it
+    chat_template: str | None = None  # for checkpoints that come without one
 
     def __init__(self, config: PretrainedConfig, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -85,6 +87,9 @@ class VisionAdapter(nn.Module, ABC):
         self.weights_hash = b""
         self._prepared: OrderedDict[tuple[bytes, int], PreparedImage] = OrderedDict()
         self._prepared_bytes = 0
+
+    def read(self, folder: Path) -> None:
+        """What the checkpoint's folder has for the eyes besides weights and image processor."""
 
     @property
     @abstractmethod
@@ -179,8 +184,14 @@ class VisionAdapter(nn.Module, ABC):
 
 
 def image_token_id(config: Any) -> int:
-    """The token that holds a row of an image's features; in templates it stands for a whole image."""
-    return int(getattr(config, "image_token_id", None) or config.image_token_index)
+    """The token that holds a row of an image's features; in templates it stands for a whole image.
+
+    Raises `CheckpointMismatch` where the configuration names none.
+    """
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is None:
+        raise CheckpointMismatch(f"the {config.model_type} configuration names no image_token_id; it has to")
+    return int(token)
 
 
 def in_tiles(images: Sequence[PreparedImage], tower: Callable[[Tensor], Tensor]) -> list[Tensor]:

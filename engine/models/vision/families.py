@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adapter import VisionAdapter
 from .idefics3 import Idefics3Vision
+from .instructblip import InstructBlipVision
 from .internvl import InternVision
 from .llava import LlavaVision
 from .llava_next import LlavaNextVision, LlavaOnevisionVision
@@ -12,6 +13,7 @@ from .qwen_vl import QwenVision
 # `model_type` of a checkpoint's configuration -> its eyes
 ADAPTERS: dict[str, type[VisionAdapter]] = {
     "idefics3": Idefics3Vision,
+    "instructblip": InstructBlipVision,
     "internvl": InternVision,
     "llava": LlavaVision,
     "llava_next": LlavaNextVision,

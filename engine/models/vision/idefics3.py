@@ -32,7 +32,11 @@ class Idefics3Vision(VisionAdapter):
                 f"the model takes at most {MOST_PIXELS} and {vision.image_size}"
             )
         super().__init__(config, processor, device, dtype)
+
+    def freeze(self, weights_hash: bytes, tokenizer: Any) -> None:
+        super().freeze(weights_hash, tokenizer)
         self.places: dict[tuple[int, int], Placement] = {}  # there are few grids
+        self.placed((0, 0))  # which checks the tokenizer
 
     @property
     def fewest_tokens(self) -> int:
