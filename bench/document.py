@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from ..doctor import cores
-from ..engine.errors import BadInput, StockadeError
+from ..engine.errors import BadInput
 from .machine import command_line, commit, this_machine, versions
 from .neighbors import BUSY, Clocks, clocks, look, others
 
@@ -24,10 +24,6 @@ FORMAT = 1
 
 class BadDocument(BadInput):
     """A file is not the JSON document of a measurement, or is one of another kind or other settings."""
-
-
-class NotMeasured(StockadeError):
-    """A measurement was interrupted before it had anything to show."""
 
 
 @dataclass(frozen=True)
