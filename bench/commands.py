@@ -27,7 +27,7 @@ from .options import (
     measure_plan,
     progress,
 )
-from .result_commands import capacity, report
+from .result_commands import capacity, peers, report
 
 if TYPE_CHECKING:
     from .document import Session
@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (latency, throughput, kernels, capacity, report):
+for _command in (latency, throughput, kernels, capacity, report, peers):
     app.command()(_command)
 
 

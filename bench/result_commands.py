@@ -180,3 +180,40 @@ def report(
         for document in documents.values():
             for table in tables(document):
                 print(f"### {table.title}\n\n{table.markdown()}\n")
+
+
+def peers(
+    model: Annotated[str, typer.Option(help="smol, a llama's folder or a named shape (tiny-llama).")] = "smol",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME, NAME=PYTHON (the interpreter that has its package) or url=http://HOST:PORT; repeatable. "
+            "Names: stockade, transformers, llama.cpp, openvino. (default: stockade, transformers)"
+        ),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The weights as GGUF. (default: made from the model)")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each peer. (default: one a core)")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question.")] = 64,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Questions that all of them answer.")] = 5,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """The same weights and prompts through other engines, each in its own environment, in turn."""
+    from ..doctor import cores
+    from ..engine.errors import BadInput
+    from .beside_peers import PeersConfig, run_peers
+    from .peer_process import PeerSpec
+    from .report import begin, emit
+    from .workload import sources
+
+    if dtype not in ("bf16", "fp32"):
+        raise BadInput(f"dtype is bf16 or fp32, not {dtype}")
+    specs = tuple(PeerSpec.parse(text) for text in peer or ("stockade", "transformers"))
+    config = PeersConfig(specs, repeats, prompt_tokens, answer_tokens, dtype, threads or cores(), gguf, seed)
+    console = Console(stderr=True, highlight=False)
+    session = begin(console)
+    with sources(model) as weights, progress(console) as told:
+        found = run_peers(weights, config, told)
+    emit(found.table(), found.to_dict(), session, json)
