@@ -228,13 +228,9 @@ class ThroughputPlan:
             points = self._points(done, guard)
             if len(points) > 1:
                 knees[guard] = {**knee(points)._asdict(), "power": knee(points).power}
-            fine = [
-                row["level"]
-                for row in rows
-                if row["guard"] == guard and row["loop"] != "closed" and row["met_share"] >= HELD
-            ]
-            if self.config.objective.to_dict():
-                held[guard] = max(fine, default=0.0)
+            came = [row for row in rows if row["guard"] == guard and row["loop"] != "closed"]
+            if came and self.config.objective.to_dict():
+                held[guard] = max((row["level"] for row in came if row["met_share"] >= HELD), default=0.0)
             costs[guard] = [
                 cost for name, result in done.items() if name.endswith(f" {guard}") for cost in result["costs"]
             ]
