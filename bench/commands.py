@@ -203,6 +203,28 @@ def roofline(
 
 
 @app.command()
+def training(
+    model: ModelOption = "smol",
+    dtype: DtypeOption = None,
+    answers: Annotated[int, typer.Option(min=1, help="Random ones that both sides train on in each round.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Answers a step.")] = 8,
+    longest: Annotated[int, typer.Option(min=16, help="Tokens of the longest answer.")] = 256,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the model. (default: all)")] = None,
+    repeats: RepeatsOption = 3,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Tokens per second of a detector's training step on the CPU, beside a plain PyTorch loop of the same model."""
+    from .training import TrainingConfig, run_training
+
+    if quick:
+        answers, longest, repeats = min(answers, 2 * batch), min(longest, 64), 1
+    config = TrainingConfig(answers, batch, 16, longest, layers, repeats, seed)
+    _measure(lambda weights, told: run_training(weights, config, dtype_named(dtype), told), model, None, None, json)
+
+
+@app.command()
 def onnx(
     model: Annotated[str, typer.Option(help="smol, or a named shape (tiny-llama).")] = "smol",
     data: Annotated[

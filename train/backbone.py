@@ -45,6 +45,10 @@ class Backbone:
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
     def run_states_only(self, normed: bool) -> None:
         """Leave out of what is run what only logits need, and the final norm unless states are to be `normed`; to be
         called before the model is adapted."""

@@ -257,6 +257,10 @@ def detoxifier_data(
         str | None, typer.Option("--endpoint", help="OpenAI-compatible, http…/v1; its key in OPENAI_API_KEY.")
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer.")] = 256,
+    paired: Annotated[
+        bool,
+        typer.Option("--paired", help="Ask no model: take the sets' own harmless answers to the same questions."),
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Harmful answers at most.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split; only what trains is taken.")] = 0,
     skip_bad: SkipOption = False,
@@ -268,13 +272,20 @@ def detoxifier_data(
     import os
 
     from ..engine.sampling import SamplingParams
-    from .detoxifier_data import make_triples, read_harmful
-    from .rows import Skipped, refuse
+    from .detoxifier_data import make_triples, paired_triples, read_harmful, write_triples
+    from .rows import Bad, Skipped, refuse
     from .teachers import EndpointTeacher, EngineTeacher, Teacher
 
     skipped = Skipped()
-    harmful = read_harmful(source, seed=seed, bad=skipped if skip_bad else refuse)[:limit]
+    bad: Bad = skipped if skip_bad else refuse
     console = Console(highlight=False)
+    if paired:
+        if not source.is_dir():
+            raise BadInput("--paired takes a data directory")
+        made = write_triples(paired_triples(source, seed=seed, bad=bad)[:limit], out)
+        console.print(f"{out}: {made.triples} triples; {skipped.count} bad rows left out")
+        return
+    harmful = read_harmful(source, seed=seed, bad=bad)[:limit]
     teacher: Teacher
     if endpoint is not None:
         teacher = EndpointTeacher(endpoint, model, os.environ.get("OPENAI_API_KEY"), max_tokens)

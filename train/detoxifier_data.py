@@ -15,6 +15,7 @@ from .journal import Journal
 from .loop import Progress
 from .rows import Bad, DataMissing, json_rows, refuse
 from .teachers import Teacher
+from .triples import Triple
 
 
 class Harmful(NamedTuple):
@@ -56,13 +57,26 @@ def read_harmful(source: Path, *, seed: int = 0, bad: Bad = refuse) -> list[Harm
     return list(reversed(unique.values()))
 
 
+def paired_triples(data: Path, *, seed: int = 0, bad: Bad = refuse) -> list[Triple]:
+    """Harmful training answers with a harmless one that a set itself has to the same question, mostly a refusal: what
+    the released script trains on. Raises as `read_harmful` does."""
+    corpus = read_corpus(data, seed=seed, bad=bad)
+    both = [(corpus.examples[one], corpus.examples[other]) for one, other in corpus.pairs]
+    found = [
+        Triple(worse.question, worse.text, better.text) for better, worse in both if better.harmless > worse.harmless
+    ]
+    if not found:
+        raise DataMissing(f"{data} holds no question with a harmful and a harmless answer")
+    return found
+
+
 def make_triples(
     harmful: Sequence[Harmful], teacher: Teacher, out: Path, *, progress: Progress | None = None
 ) -> Made:
     """Ask the teacher by the published prompt for what `out` has not yet; each triple is written when it is there."""
     failed = 0
     with Journal(out) as journal:
-        keys = [hashlib.sha256("\n".join(map(plain_key, item)).encode()).hexdigest()[:16] for item in harmful]
+        keys = [_key(item) for item in harmful]
         left = [place for place, key in enumerate(keys) if key not in journal.rows]
         questions = [segments_text(rewrite_with_question(*harmful[place])) for place in left]
         for done, (number, text) in enumerate(teacher(questions), 1):
@@ -75,3 +89,17 @@ def make_triples(
             if progress is not None:
                 progress("rewriting", done, len(left))
         return Made(len(journal.rows), failed)
+
+
+def write_triples(triples: Sequence[Triple], out: Path) -> Made:
+    """Add what `out` has not yet, in the form that `make_triples` writes."""
+    with Journal(out) as journal:
+        for item in triples:
+            key = _key(Harmful(item.question, item.harmful))
+            if key not in journal.rows:
+                journal.add(key, item._asdict())
+        return Made(len(journal.rows), 0)
+
+
+def _key(item: Harmful) -> str:
+    return hashlib.sha256("\n".join(map(plain_key, item)).encode()).hexdigest()[:16]

@@ -225,9 +225,7 @@ class _Loader:
         classifier = "score.weight" in checkpoint.shapes
         try:
             tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-            # an adapter's folder holds no image processor; its base's is where the tokenizer is
-            folder = checkpoint.tokenizer_path if is_adapter(checkpoint.path) else checkpoint.path
-            parts = _Parts(checkpoint.config, classifier, folder, tied, self.device, self.dtype)
+            parts = _Parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied, self.device, self.dtype)
         except UnknownArchitecture as refusal:
             return self._fall_back(checkpoint, refusal)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
@@ -312,7 +310,7 @@ def check_without_weights(source: Checkpointed) -> tuple[str, UnknownArchitectur
     load_tokenizer(checkpoint.tokenizer_path)
     try:
         tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-        parts = _Parts(checkpoint.config, classifier, checkpoint.path, tied, meta, torch.float32)
+        parts = _Parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied, meta, torch.float32)
     except UnknownArchitecture as refusal:
         _check_fallback(checkpoint, refusal)
         return kind, refusal
@@ -369,6 +367,11 @@ def _check_names(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Deco
 def _open(source: Checkpointed) -> Checkpoint:
     path, base = source if isinstance(source, tuple) else (source, None)
     return open_checkpoint(_local(path), None if base is None else _local(base))
+
+
+def _eyes_folder(checkpoint: Checkpoint) -> Path:
+    """Where the image processor is: an adapter's folder has none; its base's is where the tokenizer is."""
+    return checkpoint.tokenizer_path if is_adapter(checkpoint.path) else checkpoint.path
 
 
 def _local(source: str | Path) -> str | Path:

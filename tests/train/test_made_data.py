@@ -20,7 +20,7 @@ from stockade.engine.errors import BadInput, UnsupportedImage
 from stockade.engine.guards import EyesClosed, Guard, SelfJudge
 from stockade.engine.sampling import SamplingParams
 from stockade.train.data import Kind, Part, read_examples
-from stockade.train.detoxifier_data import Harmful, make_triples, read_harmful
+from stockade.train.detoxifier_data import Harmful, make_triples, paired_triples, read_harmful
 from stockade.train.ecso_data import Query, make_pairs, read_queries
 from stockade.train.journal import Journal
 from stockade.train.rows import DataInvalid, DataMissing
@@ -82,6 +82,21 @@ def test_only_harmful_answers_that_train_are_taken(data: Path, tmp_path: Path) -
     rows.write_text('{"question": "Q"}\n')
     with pytest.raises(DataInvalid, match="line 1: needs question and harmful"):
         read_harmful(rows)
+
+
+def test_the_sets_own_pairs(data: Path, tmp_path: Path) -> None:
+    found = paired_triples(data)
+    parts = {item.text: (item.part, item.kind, item.question) for item in read_examples(data)}
+    assert found
+    for question, harmful, harmless in found:
+        assert parts[harmful] == (Part.TRAIN, Kind.HARMFUL, question)
+        assert parts[harmless] == (Part.TRAIN, Kind.REFUSING, question)
+    for _ in range(2):
+        done = CliRunner().invoke(
+            app, ["data", "detoxifier", str(data), "--paired", "--out", str(tmp_path / "t.jsonl")]
+        )
+        assert done.exit_code == 0 and f"{len(found)} triples" in done.output
+    assert read_triples([tmp_path / "t.jsonl"]).items == found
 
 
 def test_the_engine_as_teacher_and_its_detector(engine: Engine) -> None:
