@@ -58,10 +58,13 @@ class Backbone:
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder, or all of the model with its tokenizer."""
-        if not hasattr(self.model, "peft_config"):
+        if hasattr(self.model, "peft_config"):
+            # else `peft` asks the model hub whether the vocabulary was changed
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
             self.model.model.norm, self.model.lm_head = self.norm, self.head
+            self.model.save_pretrained(folder)
             self.codec.tokenizer.save_pretrained(folder)
-        self.model.save_pretrained(folder)
 
     def states(self, ids: Tensor, active: Sequence[int] | None = None) -> Tensor:
         """[rows, tokens, hidden] after the last layer, normed unless `run_states_only` said otherwise.

@@ -133,7 +133,7 @@ def train_mllm(
         losses=trained.losses,
         versions=device_and_versions(dtype, device),
     )
-    model.save_pretrained(folder.new)
+    model.save_pretrained(folder.new, save_embedding_layers=False)  # else `peft` asks the hub about the vocabulary
     folder.finish(card.to_markdown())
     return card
 

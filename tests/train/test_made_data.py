@@ -92,9 +92,8 @@ def test_the_sets_own_pairs(data: Path, tmp_path: Path) -> None:
         assert parts[harmful] == (Part.TRAIN, Kind.HARMFUL, question)
         assert parts[harmless] == (Part.TRAIN, Kind.REFUSING, question)
     for _ in range(2):
-        done = CliRunner().invoke(
-            app, ["data", "detoxifier", str(data), "--paired", "--out", str(tmp_path / "t.jsonl")]
-        )
+        command = ["data", "detoxifier", str(data), "--paired", "--out", str(tmp_path / "t.jsonl")]
+        done = CliRunner().invoke(app, command)
         assert done.exit_code == 0 and f"{len(found)} triples" in done.output
     assert read_triples([tmp_path / "t.jsonl"]).items == found
 
