@@ -142,17 +142,18 @@ class Speaker:
         prepared = self.vision.prepare([load_image(image) for image in images], prompt.replace("<image>", ""))
         waiting = iter(prepared)
         ids: list[int] = []
-        token = self.tokenizer.convert_ids_to_tokens(self.vision.image_token_id)
-        for id in self.tokenizer(prompt.replace("<image>", token))["input_ids"]:
-            ids += next(waiting).place.ids if id == self.vision.image_token_id else [id]
+        placeholder, around = self.vision.placeholder_id(self.model.config), self.vision.around
+        shown = around + self.tokenizer.convert_ids_to_tokens(placeholder) + around
+        for id in self.tokenizer(prompt.replace("<image>", shown))["input_ids"]:
+            ids += next(waiting).place.ids if id == placeholder else [id]
         row = torch.tensor([ids])
         taken = inspect.signature(self.model.forward).parameters
         names = [name for name in prepared[0].inputs if name in taken]
         inputs = {name: torch.cat([image.inputs[name] for image in prepared]) for name in names}
         if self.model.config.model_type in ("idefics3", "smolvlm"):
             inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}  # of one prompt
-        if "mm_token_type_ids" in taken:
-            inputs["mm_token_type_ids"] = (row == self.vision.image_token_id).long()
+        for name in {"mm_token_type_ids", "token_type_ids"} & set(taken):
+            inputs[name] = (row == self.vision.image_token_id).long()
         return BatchEncoding({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})
 
     def decode(self, ids: list[int]) -> str:

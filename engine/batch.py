@@ -14,6 +14,7 @@ from ..kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, Span, 
 from .kv_pages import PagePool
 from .models.model import Backbone
 from .scheduler import Work
+from .sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,33 @@ def _spans(works: list[Work], window: int | None, device: torch.device) -> list[
         first = 0 if window is None else max(0, start - window + 1)
         stop = start + count
         mask = causal_mask(count, stop - first, window, device) if count > 1 else None
+        if count > 1 and sequence.whole_images:
+            mask = _both_ways(sequence, mask, first, start, stop, window, device)
         spans.append(SequenceSpan(row, count, sequence.table.runs(first, stop), mask))
         row += count
         index += 1
     return spans
+
+
+def _both_ways(
+    sequence: Sequence,
+    mask: Tensor | None,
+    first: int,
+    start: int,
+    stop: int,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """A causal mask [stop - start, stop - first] in which rows of an image see those behind them, too."""
+    if mask is None:
+        mask = torch.ones(stop - start, stop - first, dtype=torch.bool, device=device).tril(start - first)
+    for placed in sequence.images_between(start, stop):
+        rows = (placed.image.place.rows >= 0).nonzero().squeeze(1).to(device) + placed.start
+        queries = rows[rows >= start]
+        seen = rows >= first  # what lies before that, a window hides from all
+        near = queries[:, None] - rows[None, seen] < (window or stop)
+        mask[(queries - start)[:, None], (rows[seen] - first)[None]] = near
+    return mask
 
 
 def _decode_group(works: list[Work], start: int) -> DecodeGroup | None:

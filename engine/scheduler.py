@@ -113,11 +113,11 @@ class Scheduler:
         works: list[Work] = []
         budget = lane.budget
         for sequence in sorted(lane.running, key=lambda item: (item.remaining > 1, item.order)):
-            count = min(sequence.remaining, budget)
+            count = sequence.chunk(budget)
             wanted = count and not sequence.optional and sequence.running
             if wanted and self._grow(sequence, sequence.num_computed + count):
                 works.append(Work(sequence, sequence.num_computed, count))
-                budget -= count
+                budget = max(0, budget - count)
         # whoever was preempted for an older sequence after it was chosen does not run
         works = [work for work in works if work.sequence.running]
         while budget and lane.waiting and not lane.waiting[0].optional:
@@ -132,9 +132,9 @@ class Scheduler:
                     break
                 works = [work for work in works if work.sequence.running]
                 continue
-            count = min(sequence.remaining, budget)
+            count = sequence.chunk(budget)
             works.append(Work(sequence, sequence.num_computed, count))
-            budget -= count
+            budget = max(0, budget - count)
         lane.decoding = sum(work.sequence.decoding for work in works)
         lane.spare_rows = lane.free_rows - lane.decoding
         return self._add_optional(lane, self._add_drafts(lane, works))
@@ -204,8 +204,8 @@ class Scheduler:
             if newcomer is not None and not required and self._admit(lane, newcomer):
                 optional.append(newcomer)
         for sequence in optional:
-            count = min(sequence.remaining, spare)
-            if count and self._extend(sequence, sequence.num_computed + count):
+            count = sequence.chunk(spare)
+            if 0 < count <= spare and self._extend(sequence, sequence.num_computed + count):
                 works.append(Work(sequence, sequence.num_computed, count))
                 spare -= count
         return works

@@ -183,6 +183,23 @@ class Sequence:
         adapter = self.model.backbone.adapters[self.model.adapter]
         return -(int(adapter.content_hash, 16) << 300) - content
 
+    @property
+    def whole_images(self) -> bool:
+        """Whether a step computes an image's tokens all or none, as they attend to each other in both directions."""
+        vision = self.model.backbone.vision
+        return bool(self.images) and vision is not None and vision.whole
+
+    def chunk(self, most: int) -> int:
+        """How many of the remaining tokens the next step computes: `most`, or what comes before an image that would
+        not end with them; if nothing does, all of that image."""
+        start, stop = self.num_computed, self.num_computed + min(self.remaining, most)
+        if not self.whole_images or start == stop:
+            return stop - start
+        for placed in self.images_between(start, stop):
+            if placed.stop > stop:
+                stop = placed.start if placed.start > start else placed.stop
+        return stop - start
+
     def positions(self, start: int, stop: int) -> Iterable[int]:
         """Rotary positions of the tokens [start, stop) as text; those of an image with a grid are in the grid."""
         if not self.images or self.images[-1].stop <= start:

@@ -58,10 +58,11 @@ def segments_text(segments: Iterable[Segment], image: str = "<image>") -> str:
 class Codec:
     """Encodes and decodes for one model.
 
-    `image_token` is the placeholder of one image in the model's templates, None for a text model.
-    `chat_template` replaces the tokenizer's own. `template_adds_specials`: rendered chats are encoded with the
-    tokenizer's special tokens, as processors do, unless they begin with BOS already. `extra_stop_ids` end an
-    answer besides the tokenizer's EOS. Raises `CheckpointMismatch` for a tokenizer that cannot be used.
+    `image_token` is the placeholder of one image in the model's templates, None for a text model; `image_around` is
+    text that stands before and behind it in prompts. `chat_template` replaces the tokenizer's own.
+    `template_adds_specials`: rendered chats are encoded with the tokenizer's special tokens, as processors do, unless
+    they begin with BOS already. `extra_stop_ids` end an answer besides the tokenizer's EOS. Raises
+    `CheckpointMismatch` for a tokenizer that cannot be used.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Codec:
         tokenizer: PreTrainedTokenizerBase,
         *,
         image_token: str | None = None,
+        image_around: str = "",
         chat_template: str | None = None,
         template_adds_specials: bool = False,
         extra_stop_ids: Iterable[int] = (),
@@ -79,6 +81,7 @@ class Codec:
             )
         self.tokenizer: Any = tokenizer
         self.image_token = image_token
+        self._image_text = f"{image_around}{image_token}{image_around}"
         self.chat_template = chat_template
         self.template_adds_specials = template_adds_specials
         added = self.tokenizer.added_tokens_decoder
@@ -176,7 +179,7 @@ class Codec:
         for part in segments:
             if isinstance(part, ImageSegment) and self.image_token is None:
                 raise ImagesNotSupported("this model reads text only; send the prompt without images")
-            piece = str(self.image_token) if isinstance(part, ImageSegment) else encodable(part.text)
+            piece = self._image_text if isinstance(part, ImageSegment) else encodable(part.text)
             text += piece
             untrusted += (b"\1" if isinstance(part, Untrusted) else b"\0") * len(piece)
         return text, untrusted

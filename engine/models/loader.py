@@ -22,7 +22,7 @@ from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
-from .vision.adapter import VisionAdapter, image_token_id
+from .vision.adapter import VisionAdapter
 from .vision.families import ADAPTERS
 
 
@@ -65,7 +65,6 @@ DetectorSource: TypeAlias = Source | Classifier
 ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
-TEXT_ONLY = ("gemma3",)  # their text models run, without eyes
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
 
@@ -331,9 +330,6 @@ def _refused_by_both(refusal: UnknownArchitecture, error: UnknownArchitecture) -
     return UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}")
 
 
-_EYES = ("vision_tower.", "multi_modal_projector.")
-
-
 def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> str:
     """Copy a checkpoint's tensors into their slots; returns their content hash."""
     _check_names(slots, checkpoint, decoder)
@@ -349,8 +345,6 @@ def _check_names(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Deco
     shapes = checkpoint.shapes
     if decoder.config.tied:
         shapes.pop("lm_head.weight", None)  # written by some versions although it is the embedding
-    if checkpoint.config.model_type in TEXT_ONLY:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_EYES)}
     missing = sorted(set(slots) - set(shapes))
     extra = sorted(set(shapes) - set(slots))
     wrong = [
@@ -513,13 +507,14 @@ def codec_of(checkpoint: Checkpoint) -> Codec:
     tokenizer = load_tokenizer(source)
     folder = source.parent if source.suffix == ".gguf" else source
     eyes = ADAPTERS.get(checkpoint.config.model_type)
-    image_id = None if eyes is None else image_token_id(checkpoint.config)
+    image_id = None if eyes is None else eyes.placeholder_id(checkpoint.config)
     template = None
     if eyes is not None:
         template = _processor_template(folder) or (None if tokenizer.chat_template else eyes.chat_template)
     return Codec(
         tokenizer,
         image_token=None if image_id is None else tokenizer.convert_ids_to_tokens(image_id),
+        image_around="" if eyes is None else eyes.around,
         chat_template=template,
         template_adds_specials=image_id is not None,
         extra_stop_ids=_stop_ids(folder, checkpoint.config),
@@ -544,11 +539,11 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 def text_config(config: PretrainedConfig) -> Any:
     """Of the decoder. Raises `UnknownArchitecture` where there is none that the engine runs."""
-    if config.model_type in (*ADAPTERS, *TEXT_ONLY):
+    if config.model_type in ADAPTERS:
         return config.get_text_config()
     if config.model_type not in FAMILIES:
         raise UnknownArchitecture(
-            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, *ADAPTERS, *TEXT_ONLY))}"
+            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, *ADAPTERS))}"
         )
     return config
 

@@ -24,6 +24,7 @@ NAMED_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "open-llama-3b", "vicuna-7b", "
 _PROCESSORS = {
     "CLIP": "CLIPImageProcessorPil",
     "Siglip": "SiglipImageProcessorPil",
+    "Gemma3": "Gemma3ImageProcessorPil",
     "LlavaNext": "LlavaNextImageProcessorPil",
     "LlavaOnevision": "LlavaOnevisionImageProcessorPil",
     "Qwen2": "Qwen2VLImageProcessorPil",

@@ -12,11 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GraniteConfig,
     LlavaConfig,
-    SiglipVisionConfig,
 )
 
 from stockade.engine.engine import Engine
@@ -34,7 +31,7 @@ from stockade.engine.models.shapes import named_config
 from stockade.engine.named import detector_named
 from stockade.engine.sampling import SamplingParams
 from stockade.export.source import open_detector
-from tests.conftest import BASE, FAMILIES, save_tokenizer, scatter_norms
+from tests.conftest import BASE
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 
@@ -135,26 +132,6 @@ def test_variants_of_a_family_that_nothing_runs(
 ) -> None:
     with pytest.raises(UnknownArchitecture, match=message):
         load_models(changed(checkpoint(family), tmp_path / "changed", **config), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("original", [True, False], ids=["hub names", "today's names"])
-def test_gemma3_runs_without_its_eyes(original: bool, tmp_path: Path) -> None:
-    eyes = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=FAMILIES["gemma3"](), vision_config=eyes, image_token_index=383)
-    )
-    scatter_norms(model)
-    model.eval().save_pretrained(tmp_path, save_original_format=original)
-    save_tokenizer(tmp_path)
-    prompt = list(range(10, 50))
-    model.generation_config.eos_token_id = None
-    want = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)
-    engine = Engine(tmp_path, dtype=torch.float32, kv_bytes=8 << 20)
-    reply = engine.generate([prompt], SHORT)[0]
-    assert reply.token_ids == want[0, len(prompt) :].tolist()
 
 
 def test_eyes_in_front_of_a_model_that_scales_them_are_refused(tmp_path: Path) -> None:

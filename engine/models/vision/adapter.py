@@ -71,6 +71,8 @@ class VisionAdapter(nn.Module, ABC):
     language = "language_model"  # the part of the family's model that the engine's own decoder replaces
     reads_prompt = False  # whether an image's features depend on the text around it
     chat_template: str | None = None  # for checkpoints that come without one
+    whole = False  # whether an image's rows attend to each other in both directions, hence are computed together
+    around = ""  # what the family's processor writes before and behind each image
 
     def __init__(self, config: PretrainedConfig, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,6 +92,11 @@ class VisionAdapter(nn.Module, ABC):
 
     def read(self, folder: Path) -> None:
         """What the checkpoint's folder has for the eyes besides weights and image processor."""
+
+    @classmethod
+    def placeholder_id(cls, config: Any) -> int:
+        """The token that stands for an image in the family's templates."""
+        return image_token_id(config)
 
     @property
     @abstractmethod
@@ -184,7 +191,7 @@ class VisionAdapter(nn.Module, ABC):
 
 
 def image_token_id(config: Any) -> int:
-    """The token that holds a row of an image's features; in templates it stands for a whole image.
+    """The token that holds a row of an image's features; in most templates it stands for a whole image, too.
 
     Raises `CheckpointMismatch` where the configuration names none.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adapter import VisionAdapter
+from .gemma3 import Gemma3Vision
 from .idefics3 import Idefics3Vision
 from .instructblip import InstructBlipVision
 from .internvl import InternVision
@@ -12,6 +13,7 @@ from .qwen_vl import QwenVision
 
 # `model_type` of a checkpoint's configuration -> its eyes
 ADAPTERS: dict[str, type[VisionAdapter]] = {
+    "gemma3": Gemma3Vision,
     "idefics3": Idefics3Vision,
     "instructblip": InstructBlipVision,
     "internvl": InternVision,
