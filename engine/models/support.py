@@ -62,7 +62,7 @@ NAMES = {
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "gemma2": "Gemma 2",
-    "gemma3": "Gemma 3, its text part",
+    "gemma3": "Gemma 3",
     "gemma3_text": "Gemma 3, text only",
     "phi3": "Phi-3, Phi-4",
     "granite": "Granite 3",
@@ -143,9 +143,8 @@ def _foreign(config: Mapping[str, Any]) -> Foreign | None:
 def rows() -> Iterator[Row]:
     """The table, in order."""
     from .decoder import FAMILIES
-    from .loader import TEXT_ONLY
 
-    for kind in (*FAMILIES, *TEXT_ONLY):
+    for kind in FAMILIES:
         yield _runs("text", kind, Way.ENGINE)
     for kind in with_eyes():
         yield _runs("text and images", kind, Way.ENGINE)

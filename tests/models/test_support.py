@@ -18,7 +18,7 @@ from stockade.engine.errors import CheckpointError, UnknownArchitecture, UnsafeC
 from stockade.engine.guards.templates import TEMPLATES
 from stockade.engine.models.decoder import FAMILIES as OWN
 from stockade.engine.models.fallback import FallbackDecoder
-from stockade.engine.models.loader import TEXT_ONLY, load_models
+from stockade.engine.models.loader import load_models
 from stockade.engine.models.support import (
     FOREIGN,
     IN_PAPERS,
@@ -48,7 +48,7 @@ def of_kind(*ways: Way) -> set[str]:
 
 
 def test_the_families_are_those_of_the_code() -> None:
-    assert of_kind(Way.ENGINE) == {*OWN, *TEXT_ONLY, *ADAPTERS}
+    assert of_kind(Way.ENGINE) == {*OWN, *ADAPTERS}
     assert of_kind(Way.FALLBACK) == set(ON_FALLBACK)
 
 
@@ -59,7 +59,7 @@ def test_every_family_that_is_said_to_be_exact_has_a_test_of_it() -> None:
         kind: kind for kind in ON_FALLBACK
     }
     tests = "".join(path.read_text() for path in (Path(__file__).parents[1] / "engine").glob("test_*.py"))
-    for kind in (*ADAPTERS, *TEXT_ONLY):
+    for kind in ADAPTERS:
         made = (
             CONFIG_MAPPING[kind].__name__,
             CONFIG_MAPPING[kind].__name__.replace("Config", "ForConditionalGeneration"),
