@@ -147,16 +147,18 @@ def _overhead(document: Document) -> Iterable[Picture]:
     guards = [
         name
         for name in known
-        if not name.startswith(("off", "transformers", "published", "detector-alone")) and "harmless" in known[name]
+        if not name.startswith(("off", "transformers", "published", "detector-alone"))
+        and "hidden_ms" in known[name].get("harmless", {})
     ]
 
     def draw(axes: Axes, theme: Theme) -> None:
         for row, name in enumerate(guards):
             figure = known[name]["harmless"]
-            exposed = max(0.0, min(figure["exposed_ms"], figure["added_ms"]))
-            wasted = max(0.0, figure.get("wasted_ms") or 0.0)
-            hidden = max(0.0, figure["added_ms"] - exposed - wasted)
-            parts = {"exposed": exposed, "wasted": wasted, "hidden": hidden}
+            names = ("hidden_ms", "added_exposed_ms", "wasted_ms")
+            hidden, exposed, wasted = (max(0.0, figure[key]["median"]) for key in names)
+            # what was thrown away is a part of both
+            kept = max(0.0, 1.0 - wasted / (hidden + exposed)) if hidden + exposed > 0 else 0.0
+            parts = {"exposed": kept * exposed, "hidden": kept * hidden, "wasted": min(wasted, hidden + exposed)}
             left = 0.0
             for part, words, color in PARTS:
                 axes.barh(row, parts[part], left=left, height=0.6, color=color, label=words if not row else None)
@@ -231,28 +233,31 @@ def _capacity(document: Document) -> Iterable[Picture]:
 
 
 def _kernels(document: Document) -> Iterable[Picture]:
-    rows = [row for row in document.rows if row.get("flops_per_s") and row.get("bytes_per_s")]
-    ceilings = document.more.get("ceilings", {})
+    rows = [row for row in document.rows if row.get("flops") and row.get("bytes")]
+    ceilings = document.more.get("ceilings") or {}
 
     def draw(axes: Axes, theme: Theme) -> None:
-        intensity = np.array([row["flops_per_s"] / row["bytes_per_s"] for row in rows])
+        intensity = np.array([row["flops"] / row["bytes"] for row in rows])
         reach = np.logspace(np.log10(intensity.min() / 3), np.log10(intensity.max() * 3), 100)
         if ceilings:
-            bound = np.minimum(reach * ceilings["bytes_per_s"], ceilings["flops_per_s"])
-            axes.plot(reach, bound / 1e9, color=theme.text, linewidth=1.2, label="this machine's ceilings")
+            bound = np.minimum(reach * ceilings["bandwidth"], ceilings["flops"])
+            axes.plot(reach, bound / 1e9, color=theme.text, linewidth=1.2, label="ceilings of this run")
         names = list(dict.fromkeys(row["operation"] for row in rows))
-        for number, name in enumerate(names):
-            mine = [(one, row) for one, row in zip(intensity, rows, strict=True) if row["operation"] == name]
-            y = [row["flops_per_s"] / 1e9 for _, row in mine]
-            axes.plot([one for one, _ in mine], y, "o", color=OTHERS[number % len(OTHERS)], label=name, markersize=5)
+        palette = (*OTHERS, *COLORS.values())
+        for one, row in zip(intensity, rows, strict=True):
+            number = names.index(row["operation"])
+            plain = row["way"] == "reference"
+            label = row["operation"] if row["operation"] not in axes.get_legend_handles_labels()[1] else None
+            style = {"color": palette[number % len(palette)], "markersize": 6, "alpha": 0.45 if plain else 0.95}
+            axes.plot(one, row["gflop_per_s"], "x" if plain else "o", label=label, **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("operations a byte")
-        axes.set_ylabel("GFLOP/s")
-        axes.legend(fontsize=8, frameon=False, labelcolor=theme.text, loc="lower right")
+        axes.set_ylabel("GFLOP/s; a cross is the plain reference")
+        axes.legend(fontsize=7, frameon=False, labelcolor=theme.text, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     if rows:
-        yield Picture("kernels", "Operations under the roofline", draw)
+        yield Picture("kernels", "Operations under the roofline", draw, 4.2)
 
 
 _KINDS: dict[str, Callable[[Document], Iterable[Picture]]] = {

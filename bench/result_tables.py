@@ -71,6 +71,20 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
         *("harmful answer, whole reply s", "published s", "lost throughput %"),
     )
     yield ResultTable(f"What a guard costs: {_model(document)}", headings, rows)
+    mixed = [
+        (
+            name,
+            str(one["n"]),
+            *(
+                f"{_number(one[key])} ({_number(one[f'{key}_interval'][0])} to {_number(one[f'{key}_interval'][1])})"
+                for key in ("added_ms", "lost_throughput_percent")
+            ),
+        )
+        for name, one in document.more.get("mixed", {}).items()
+    ]
+    share = next(iter(document.more.get("mixed", {}).values()), {}).get("harmful_share", 0.0)
+    headings = ("guard", "n", "added ms a request (95 % interval)", "lost throughput %")
+    yield ResultTable(f"On traffic with {100 * share:.3g} % harmful answers, many at once", headings, mixed)
     goals = [
         (
             goal["what"],
