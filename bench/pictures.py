@@ -248,8 +248,9 @@ def _kernels(document: Document) -> Iterable[Picture]:
             number = names.index(row["operation"])
             plain = row["way"] == "reference"
             label = row["operation"] if row["operation"] not in axes.get_legend_handles_labels()[1] else None
-            style = {"color": palette[number % len(palette)], "markersize": 6, "alpha": 0.45 if plain else 0.95}
-            axes.plot(one, row["gflop_per_s"], "x" if plain else "o", label=label, **style)
+            color, mark = palette[number % len(palette)], "x" if plain else "o"
+            alpha = 0.45 if plain else 0.95
+            axes.plot(one, row["gflop_per_s"], mark, label=label, color=color, alpha=alpha, markersize=6)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("operations a byte")

@@ -83,8 +83,8 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
         for name, one in document.more.get("mixed", {}).items()
     ]
     share = next(iter(document.more.get("mixed", {}).values()), {}).get("harmful_share", 0.0)
-    headings = ("guard", "n", "added ms a request (95 % interval)", "lost throughput %")
-    yield ResultTable(f"On traffic with {100 * share:.3g} % harmful answers, many at once", headings, mixed)
+    title = f"On traffic with {100 * share:.3g} % harmful answers, many at once"
+    yield ResultTable(title, ("guard", "n", "added ms a request (95 % interval)", "lost throughput %"), mixed)
     goals = [
         (
             goal["what"],
