@@ -71,6 +71,7 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
         *("harmful answer, whole reply s", "published s", "lost throughput %"),
     )
     yield ResultTable(f"What a guard costs: {_model(document)}", headings, rows)
+    traffic: Mapping[str, Any] = document.more.get("mixed", {})
     mixed = [
         (
             name,
@@ -80,9 +81,9 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
                 for key in ("added_ms", "lost_throughput_percent")
             ),
         )
-        for name, one in document.more.get("mixed", {}).items()
+        for name, one in traffic.items()
     ]
-    share = next(iter(document.more.get("mixed", {}).values()), {}).get("harmful_share", 0.0)
+    share = max((one["harmful_share"] for one in traffic.values()), default=0.0)
     title = f"On traffic with {100 * share:.3g} % harmful answers, many at once"
     yield ResultTable(title, ("guard", "n", "added ms a request (95 % interval)", "lost throughput %"), mixed)
     goals = [
