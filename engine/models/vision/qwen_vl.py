@@ -47,5 +47,7 @@ class QwenVision(VisionAdapter):
         pixels = torch.cat([image.inputs["pixel_values"] for image in images])  # [patches of all, 3 * 2 * 14 * 14]
         grids = torch.cat([image.inputs["image_grid_thw"] for image in images])
         found = self.eyes.get_image_features(pixels.to(self.device), grids.to(self.device))
-        deep = getattr(found, "deepstack_features", None) or []
-        return [torch.stack(levels) for levels in zip(found.pooler_output, *deep, strict=True)]
+        # one tensor a level, or with newer releases one for each image in it
+        levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+        rows = torch.stack([level if isinstance(level, Tensor) else torch.cat(level) for level in levels])
+        return list(rows.split([image.tokens for image in images], 1))
