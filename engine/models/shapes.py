@@ -5,6 +5,7 @@ Random weights say nothing true; they cost what the real ones cost, which is wha
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -143,8 +144,10 @@ def image_processor_for(folder_or_size: str | Path | int) -> Any:
     found = next((name for start, name in _PROCESSORS.items() if str(kind).startswith(start)), None)
     if found is None:
         raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(_PROCESSORS)}")
+    # by its module, since some releases say of some that they need torchvision, and have a placeholder for them
+    module = importlib.import_module(getattr(transformers, found).__module__)
     try:
-        return getattr(transformers, found).from_dict(settings)
+        return getattr(module, found).from_dict(settings)
     except (TypeError, ValueError) as error:
         raise CheckpointMismatch(f"{folder} has no usable image processor: {error}") from error
 

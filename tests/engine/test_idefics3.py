@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    Idefics3Config,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    LlamaConfig,
-    SmolVLMConfig,
-    SmolVLMImageProcessorPil,
-)
+from transformers import Idefics3Config, Idefics3Processor, LlamaConfig, SmolVLMConfig
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from stockade.engine.errors import CheckpointMismatch, UnknownArchitecture
 from stockade.engine.images import load_image
