@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -150,27 +150,25 @@ def run_peers(
             )
             report.seconds[name] = {measure: [] for measure in MEASURES}
             report.ids[name], report.texts[name] = [], []
-        judge = tokenizer(JUDGE, add_special_tokens=False)["input_ids"]
         for number in range(-WARM_UP, config.repeats):
             text = question(tokenizer, config.prompt_tokens, random)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             for name in random.sample(names, len(names)):
-                _ask(peers[name], name, report, ids, text, judge, keep=number >= 0)
+                _ask(peers[name], name, report, tokenizer, text, keep=number >= 0)
             if told:
                 told("peers", number + WARM_UP + 1, config.repeats + WARM_UP)
     return report
 
 
-def _ask(
-    peer: Peer, name: str, report: PeersReport, ids: Sequence[int], text: str, judge: Sequence[int], keep: bool
-) -> None:
+def _ask(peer: Peer, name: str, report: PeersReport, tokenizer: Any, text: str, keep: bool) -> None:
     """One question, its judge and its detector, to one peer."""
     new = report.config.answer_tokens
-    said = peer.ask("run", ids=list(ids), text=text, new=new)
+    ids, judge = (tokenizer(words, add_special_tokens=False)["input_ids"] for words in (text, JUDGE))
+    said = peer.ask("run", ids=ids, text=text, new=new)
     times, answer = said["times"], said["ids"]
     if not times or (answer is not None and len(answer) != new):
         raise WrongPath(f"{name} gave {len(answer or times)} tokens where {new} were asked for")
-    more = [*ids, *(answer or []), *judge]
+    known = tokenizer(said["text"], add_special_tokens=False)["input_ids"] if answer is None else answer
+    more = [*ids, *known, *judge]
     word = peer.ask("run", ids=more, text=text + said["text"] + JUDGE, new=1)
     scored = None
     if "score" not in report.loaded[name]["cannot"]:

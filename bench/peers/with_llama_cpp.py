@@ -20,24 +20,24 @@ class LlamaCpp:
         return {"name": "llama.cpp", "version": f"xllamacpp {version}", "dtype": dtype, "cannot": CANNOT}
 
     def run(self, ids, new, **_):
-        began, found, times, text, failed = perf_counter(), [], [], [], []
+        began, times, text, failed = perf_counter(), [], [], []
 
         def note(pieces):
             now = perf_counter() - began
             for piece in pieces if isinstance(pieces, list) else [pieces]:
                 if "error" in piece:
                     failed.append(str(piece["error"]))
-                tokens = piece.get("tokens", [])
-                found.extend(tokens)
-                times.extend([now] * len(tokens))
-                text.append(piece.get("content", ""))
+                said = "".join(choice["text"] for choice in piece.get("choices", []))
+                if said:
+                    times.append(now)
+                    text.append(said)
             return False
 
         asked = {"prompt": ids, "n_predict": new, "temperature": 0, "stream": True, "cache_prompt": True}
-        self.server.handle_completions({**asked, "return_tokens": True, "ignore_eos": True}, note)
+        self.server.handle_completions({**asked, "ignore_eos": True}, note)
         if failed:
             raise RuntimeError(failed[0])
-        return {"ids": found, "text": "".join(text), "times": times}
+        return {"ids": None, "text": "".join(text), "times": times}
 
 
 serve(LlamaCpp())
