@@ -8,10 +8,8 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-import transformers
 
 from .. import __version__
 from ..doctor import cores, cpu_model
@@ -30,6 +28,8 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    import torch  # seconds, which `stockade --help` does without
+
     return Machine(
         processor=cpu_model(),
         cores=cores(),
@@ -44,8 +44,8 @@ def versions() -> dict[str, str]:
     return {
         "stockade": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
     }
 
 
