@@ -168,7 +168,7 @@ def guard_rows(prompts: Mapping[str, str]) -> Iterator[Row]:
             whose.partition(" (")[0],
             (name,),
             Way.ENGINE,
-            "prompt as published, scores as transformers'",
+            "prompt as documented, scores as transformers'",
         )
 
 
