@@ -64,9 +64,7 @@ class Peer:
         self.spec = spec
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if spec.name == "stockade":
-            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        else:
+        if spec.name != "stockade":
             environment.pop("PYTHONPATH", None)
         self._process = subprocess.Popen(
             [spec.python, str(FOLDER / PROGRAMS[spec.name])],

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from stockade.bench.asking import Asker
 from stockade.bench.commands import app
 from stockade.bench.document import BadDocument, Session, read_document
-from stockade.bench.driving import Ask, closed_loop, open_loop
+from stockade.bench.driving import Ask, Served, closed_loop, open_loop
 from stockade.bench.latency import LatencyConfig, LatencyPlan
 from stockade.bench.report import WrongPath
 from stockade.bench.throughput import Point, ThroughputConfig, ThroughputPlan, knee
@@ -113,7 +113,8 @@ def test_the_same_seed_asks_the_same_of_every_guard(engine: Engine) -> None:
         if name.startswith("open"):
             again, other = done[1][name], done[0]["open 50 0 off"]
             assert [row[0] for row in result["served"]] == pytest.approx([row[0] for row in other["served"]])
-            assert [row[8:] for row in result["served"]] == [row[8:] for row in again["served"]]
+            kept = [[Served(*row)._replace(cached=0)[8:] for row in run["served"]] for run in (result, again)]
+            assert kept[0] == kept[1]  # what is found in pages depends on when the pages were written
     assert {name.rpartition(" ")[0] for name in done[0]} == {"closed 2 0", "open 50 0"}
 
 

@@ -29,7 +29,7 @@ from stockade.bench.workload import sources
 from stockade.engine.models.loader import ModelSet
 from stockade.engine.trace import StepWork
 
-STEP, GUARD, SUBMIT = 0.02, 0.05, 0.002  # seconds of a step, of what a guard has in one, of taking a request in
+STEP, GUARD, SUBMIT = 0.04, 0.1, 0.004  # seconds of a step, of what a guard has in one, of taking a request in
 TOKENS = 6
 
 
@@ -51,7 +51,7 @@ def models() -> Any:
 
 
 def test_latency_reports_the_steps_and_the_guard(models: ModelSet) -> None:
-    config = LatencyConfig((8,), (0,), (TOKENS,), ("off", "ecso"), repeats=2)
+    config = LatencyConfig((8,), (0,), (TOKENS,), ("off", "ecso"), repeats=5)
     plan = LatencyPlan(SteadyEngine(models, cost, SUBMIT), config, "steady", "float32")
     done: dict[str, Any] = {}
     assert run_units(plan, done)
