@@ -85,7 +85,7 @@ def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: boo
     """
     from .document import Session, read_document
     from .report import show, warn
-    from .units import resumed, run_units
+    from .units import resumed, run_units, unbroken
 
     if resume and file is None:
         raise BadInput("--resume goes on with the document in the file of --json FILE")
@@ -97,9 +97,12 @@ def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: boo
         plan = make()
         done = {} if earlier is None else resumed(plan, earlier)
         complete = run_units(plan, done, told)
-    rows, more = plan.rows(done), plan.more(done)
-    document = session.document(kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more)
-    show(plan.table(done), document, file)
+    with unbroken():
+        rows, more = plan.rows(done), plan.more(done)
+        document = session.document(
+            kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more
+        )
+        show(plan.table(done), document, file)
     if not complete:
         console.print("interrupted; the same command with --json FILE --resume goes on", style="bold yellow")
         raise typer.Exit(130)

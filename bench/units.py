@@ -81,6 +81,20 @@ def run_units(plan: Plan, done: dict[str, Any], told: Callable[[str, int, int], 
 
 
 @contextmanager
+def unbroken() -> Iterator[None]:
+    """Neither Ctrl-C nor SIGTERM ends what is done meanwhile: writing down what was measured."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM is like Ctrl-C meanwhile. Threads other than the first one get no signals: nothing changes there."""
     if threading.current_thread() is not threading.main_thread():
