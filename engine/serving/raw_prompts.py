@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..chat import Chat
 from ..errors import Aborted, PassError
 from ..guards import Detector
 from ..guards.detectors import reason_of
-from ..passes import Answer, Decision, Generate, Judged, Loop
+from ..passes import Answer, Ask, Decision, Generate, Judged, Loop
 from ..request import Outcome, Verdict
 
 
 def continued(prompt: tuple[int, ...], loop: Loop) -> Loop:
     """A guard's loop whose first answer continues a raw prompt; the guard takes its text for the question."""
-    try:
-        ask = next(loop)
-        if isinstance(ask, Generate):
-            ask = replace(ask, prompt=prompt)
-        while True:
-            try:
-                result = yield ask
-            except PassError as error:
-                ask = loop.throw(error)
-            else:
-                ask = loop.send(result)
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        loop.close()
+    return _from_first(loop, lambda ask: replace(ask, prompt=prompt))
 
 
 def given(text: str, loop: Loop) -> Loop:
     """A guard's loop whose first answer is there already, from a model elsewhere."""
+    return _from_first(loop, lambda _: loop.send(Answer(text)))
+
+
+def _from_first(loop: Loop, answer: Callable[[Generate], Ask]) -> Loop:
+    """A guard's loop in which `answer` says what is asked for in place of its first answer."""
     try:
         ask = next(loop)
         if isinstance(ask, Generate):
-            ask = loop.send(Answer(text))
+            ask = answer(ask)
         while True:
             try:
                 result = yield ask
