@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Without a GPU Triton kernels run in Triton's interpreter. Triton looks that up when a kernel is defined, its own
+# included: hence before anything here imports it, as transformers does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
