@@ -116,15 +116,18 @@ def decode(
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Tokens per second against `transformers`, and what the machine's memory would allow."""
-    from .decode import DecodeConfig, run_decode
+    from .decode import DecodeConfig, DecodePlan
 
     batches = tuple(batch or (1, 16))
     if quick:
         repeats, new_tokens, batches = 1, min(new_tokens, 8), tuple(min(rows, 4) for rows in batches)
     config = DecodeConfig(tuple(dict.fromkeys(batches)), prompt_tokens, new_tokens, prefill, repeats, seed)
-    _measure(lambda weights, told: run_decode(weights, config, dtype_named(dtype), told), model, None, None, json)
+    measure_plan(
+        "decode", lambda weights: DecodePlan(weights, config, dtype_named(dtype)), model, None, None, json, resume
+    )
 
 
 @app.command()
@@ -268,18 +271,21 @@ def serve(
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """What the server costs over the bare engine, and how it holds under load. --soak: whether it leaks anything."""
     if soak is not None:
         _soak(soak, seed, json, on_ray)
         return
-    from .serve import ServeConfig, run_serve
+    from .serve import ServeConfig, ServePlan
 
     if quick:
         requests, at_once, pairs, answer_tokens, idle = 4, min(at_once, 4), 1, min(answer_tokens, 8), min(idle, 20)
     config = ServeConfig(requests, at_once, pairs, prompt_tokens, answer_tokens, idle, seed)
-    _measure(
-        lambda weights, told: run_serve(weights, config, dtype_named(dtype), told), model, detector, detoxifier, json
+    measure_plan(
+        "serve",
+        lambda weights: ServePlan(weights, config, dtype_named(dtype)),
+        *(model, detector, detoxifier, json, resume),
     )
 
 

@@ -77,6 +77,16 @@ def _samples(document: Document) -> Iterator[tuple[str, np.ndarray]]:
             loop, level, _, guard = name.split(" ")
             # e2e stands seventh; see `driving.Served`
             found.setdefault(f"{guard}, {loop} {level}: whole reply s", []).extend(one[6] for one in unit["served"])
+        elif document.kind == "decode" and name != "memory":
+            for work, rates in unit.items():
+                ratio = rates["transformers"] / rates["stockade"]
+                found.setdefault(f"{work}: time over `transformers`'", []).append(ratio)
+        elif document.kind == "serve" and name.startswith("pair"):
+            for way, took in unit["seconds"].items():
+                if way != "bare engine":
+                    found.setdefault(f"{way}: time over the bare engine's", []).append(
+                        took / unit["seconds"]["bare engine"]
+                    )
     for name, values in found.items():
         yield name, np.array(values)
 
@@ -97,9 +107,10 @@ def _singles(document: Document) -> dict[str, _Single]:
             out[f"{name}, {path}: added ms"] = _Single(figure["added_ms"], low, high, True)
             spread = figure["total_ms_spread"]
             out[f"{name}, {path}: whole reply ms"] = _Single(spread["median"], spread["p10"], spread["p90"], True)
-    for name, work in document.more.get("workloads", {}).items():
-        for side, spread in work["tokens_per_second"].items():
-            out[f"{name}, {side}: tokens/s"] = _Single(spread["median"], spread["p10"], spread["p90"], False)
+    for row in document.rows if document.kind == "decode" else ():
+        for side, spread in row["tokens_per_s"].items():
+            name = f"{row['workload']}, {side}: tokens/s"
+            out[name] = _Single(spread["median"], spread["p10"], spread["p90"], False)
     for row in document.rows if document.kind == "capacity" else ():
         if row["replicas"] is not None:
             name = f"{row['guard']}, {row['placement']}: devices"

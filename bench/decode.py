@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 
 from ..engine.engine import Engine
 from ..engine.sampling import SamplingParams
 from .published import Speaker
 from .report import Spread, WrongPath
+from .units import Unit
 from .workload import Sources
 
 SIDES = ("stockade", "transformers")
@@ -42,99 +45,93 @@ class Workload(NamedTuple):
     counted: int
 
 
-@dataclass(frozen=True)
-class DecodeReport:
-    """rates: tokens/s by workload, then by side. weight_bytes: read in one step. bandwidth: bytes/s, measured."""
+class DecodePlan:
+    """A piece of work is one round of all workloads on both sides; the last one is the machine's memory."""
 
-    config: DecodeConfig
-    model: str
-    dtype: str
-    rates: dict[str, dict[str, Spread]]
-    weight_bytes: int
-    bandwidth: float
+    kind = "decode"
 
-    @property
-    def ceiling(self) -> float:
-        """Tokens/s of one sequence if a step cost nothing but reading the weights once."""
-        return self.bandwidth / self.weight_bytes
+    def __init__(self, sources: Sources, config: DecodeConfig, dtype: torch.dtype | None = None) -> None:
+        self.config, self.seed = config, config.seed
+        self._engine = sources.engine(dtype)
+        model = self._engine.models["mllm"]
+        own = model.backbone.decoder.dtype
+        self._speaker = Speaker(sources.folder, own, self._engine.device, ignore_eos=True)
+        self._ordinary = torch.tensor(
+            [token for token in range(model.codec.vocab_size) if token not in model.codec.special_ids]
+        )
+        self.settings = {"model": sources.name, "dtype": str(own).removeprefix("torch."), **asdict(config)}
+        self._works = [
+            Workload(f"batch {rows}", rows, config.prompt_tokens, config.new_tokens, rows * config.new_tokens)
+            for rows in config.batches
+        ]
+        self._works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, config.prefill))
 
-    def to_dict(self) -> dict[str, Any]:
+    def warm_up(self) -> None:
+        self._round(-1)
+
+    def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        for repeat in range(self.config.repeats):
+            yield f"round {repeat}", partial(self._round, repeat)
+        yield "memory", partial(read_bandwidth, self._engine.device)
+
+    def _round(self, repeat: int) -> dict[str, dict[str, float]]:
+        """Tokens/s by workload, then by side. Raises `WrongPath` if a side stopped short."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + repeat + 1)
+        rates: dict[str, dict[str, float]] = {}
+        for work in self._works:
+            picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
+            prompts, found = self._ordinary[picked], {}
+            for side in SIDES[:: 1 if repeat % 2 else -1]:
+                engine = side == SIDES[0]
+                seconds = (
+                    _engine_seconds(self._engine, prompts, work) if engine else _seconds(self._speaker, prompts, work)
+                )
+                found[side] = work.counted / seconds
+            rates[work.name] = found
+        return rates
+
+    def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rates count new tokens over the whole time, the prompt's reading included; those of a prefill count the
+        prompt's tokens over the time to its first new token. ratio: of the rounds' own ratios."""
+        rounds = [found for name, found in done.items() if name.startswith("round")]
+        rows = []
+        for work in self._works if rounds else ():
+            sides = [found[work.name] for found in rounds]
+            rates = {side: Spread.of(found[side] for found in sides).to_dict() for side in SIDES}
+            ratio = Spread.of(found[SIDES[0]] / found[SIDES[1]] for found in sides).to_dict()
+            rows.append({"workload": work.name, "n": len(sides), "tokens_per_s": rates, "ratio": ratio})
+        return rows
+
+    def more(self, done: dict[str, Any]) -> dict[str, Any]:
+        """weight_bytes: read in one step. The bound is what a step allows that costs nothing but reading them."""
+        if "memory" not in done:
+            return {}
+        weights, bandwidth = weight_bytes(self._speaker.model), done["memory"]
+        bound = round(bandwidth / weights, 2)
         return {
-            "benchmark": "decode",
-            "model": self.model,
-            "dtype": self.dtype,
-            "config": asdict(self.config),
-            "workloads": {
-                name: {
-                    "tokens_per_second": {side: rate.to_dict() for side, rate in sides.items()},
-                    "ratio": round(_ratio(sides), 3),
-                }
-                for name, sides in self.rates.items()
-            },
             "memory": {
-                "weight_bytes": self.weight_bytes,
-                "bytes_per_second": round(self.bandwidth),
-                "tokens_per_second_at_batch_1": round(self.ceiling, 2),
-            },
+                "weight_bytes": weights,
+                "bytes_per_second": round(bandwidth),
+                "tokens_per_second_at_batch_1": bound,
+            }
         }
 
-    def table(self) -> Table:
-        config = self.config
+    def table(self, done: dict[str, Any]) -> RenderableType:
+        config, memory = self.config, self.more(done).get("memory")
         table = Table(
-            title=f"{self.model} {self.dtype}: {config.prompt_tokens} tokens in, {config.new_tokens} out, "
-            f"n = {config.repeats}, tokens/s: median (p10-p90)",
-            caption=f"memory: {self.bandwidth / 1e9:.1f} GB/s, {self.weight_bytes / 1e6:,.0f} MB of weights a step: "
-            f"at most {self.ceiling:.1f} tokens/s at batch 1",
+            title=f"{self.settings['model']} {self.settings['dtype']}: {config.prompt_tokens} tokens in, "
+            f"{config.new_tokens} out, tokens/s: median (p10-p90)",
+            caption=memory
+            and f"memory: {memory['bytes_per_second'] / 1e9:.1f} GB/s, {memory['weight_bytes'] / 1e6:,.0f} MB of "
+            f"weights a step: at most {memory['tokens_per_second_at_batch_1']:.1f} tokens/s at batch 1",
         )
         table.add_column("workload")
-        for heading in (*SIDES, "ratio"):
+        for heading in ("n", *SIDES, "ratio"):
             table.add_column(heading, justify="right")
-        for name, sides in self.rates.items():
-            table.add_row(name, *(str(sides[side]) for side in SIDES), f"{_ratio(sides):.2f}")
+        for row in self.rows(done):
+            rates = (str(Spread(**row["tokens_per_s"][side])) for side in SIDES)
+            table.add_row(row["workload"], str(row["n"]), *rates, f"{row['ratio']['median']:.2f}")
         return table
-
-
-def run_decode(
-    sources: Sources,
-    config: DecodeConfig,
-    dtype: torch.dtype | None = None,
-    told: Callable[[str, int, int], None] | None = None,
-) -> DecodeReport:
-    """Measure. Rates count new tokens over the whole time, the prompt's reading included; prefill counts the
-    prompt's tokens over the time to its first new token. Raises `WrongPath` if a side stopped short."""
-    engine = sources.engine(dtype)
-    own = engine.models["mllm"].backbone.decoder.dtype
-    speaker = Speaker(sources.folder, own, engine.device, ignore_eos=True)
-    works = [
-        Workload(f"batch {rows}", rows, config.prompt_tokens, config.new_tokens, rows * config.new_tokens)
-        for rows in config.batches
-    ]
-    works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, config.prefill))
-    rates: dict[str, dict[str, list[float]]] = {work.name: {side: [] for side in SIDES} for work in works}
-    generator = torch.Generator().manual_seed(config.seed)
-    vocab = engine.models["mllm"].codec.vocab_size
-    special = engine.models["mllm"].codec.special_ids
-    ordinary = torch.tensor([token for token in range(vocab) if token not in special])
-    for repeat in range(-1, config.repeats):  # the first one warms up
-        for work in works:
-            picked = torch.randint(len(ordinary), (work.rows, work.prompt), generator=generator)
-            prompts = ordinary[picked]
-            for side in SIDES[:: 1 if repeat % 2 else -1]:
-                seconds = (
-                    _engine_seconds(engine, prompts, work) if side == SIDES[0] else _seconds(speaker, prompts, work)
-                )
-                if repeat >= 0:
-                    rates[work.name][side].append(work.counted / seconds)
-        if told:
-            told("decode", repeat + 2, config.repeats + 1)
-    return DecodeReport(
-        config,
-        sources.name,
-        str(own).removeprefix("torch."),
-        {name: {side: Spread.of(values) for side, values in sides.items()} for name, sides in rates.items()},
-        weight_bytes(speaker.model),
-        read_bandwidth(engine.device),
-    )
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -193,7 +190,3 @@ def _seconds(speaker: Speaker, prompts: torch.Tensor, work: Workload) -> float:
     if out.shape[1] != work.prompt + work.new:
         raise WrongPath(f"{work.name}: transformers did not decode {work.new} tokens for each prompt")
     return seconds
-
-
-def _ratio(sides: dict[str, Spread]) -> float:
-    return sides[SIDES[0]].median / sides[SIDES[1]].median

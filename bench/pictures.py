@@ -179,11 +179,11 @@ def _overhead(document: Document) -> Iterable[Picture]:
 
 
 def _decode(document: Document) -> Iterable[Picture]:
-    works = document.more.get("workloads", {})
+    works = {row["workload"]: row["tokens_per_s"] for row in document.rows}
 
     def draw(axes: Axes, theme: Theme) -> None:
         for side, name in enumerate(("stockade", "transformers")):
-            values = [work["tokens_per_second"][name]["median"] for work in works.values()]
+            values = [work[name]["median"] for work in works.values()]
             at = np.arange(len(values)) + 0.38 * (side - 0.5)
             axes.bar(at, values, width=0.36, color=COLORS[name], label=name)
             for x, value in zip(at, values, strict=True):

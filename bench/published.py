@@ -110,9 +110,12 @@ class Speaker:
         end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         ends = end if isinstance(end, list) else [end]
         # nothing of the checkpoint's own sampling: a fresh configuration, else `generate` would fill gaps from it
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=None if ignore_eos else end, pad_token_id=ends[0]
-        )
+        parts: list[Any] = [self.model, getattr(self.model, "language_model", None)]
+        for part in parts:
+            if hasattr(part, "generation_config"):
+                part.generation_config = GenerationConfig(
+                    eos_token_id=None if ignore_eos else end, pad_token_id=ends[0]
+                )
 
     @torch.inference_mode()
     def generate(self, label: str, prompt: str, images: Sequence[Image] = (), **bound: int) -> Ran:

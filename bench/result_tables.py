@@ -102,11 +102,12 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
 def _decode(document: Document) -> Iterable[ResultTable]:
     rows = [
         (
-            name,
-            *(f"{_number(work['tokens_per_second'][side]['median'])}" for side in ("stockade", "transformers")),
-            f"{work['ratio']:.1f}",
+            row["workload"],
+            str(row["n"]),
+            *(_number(row["tokens_per_s"][side]["median"]) for side in ("stockade", "transformers")),
+            f"{row['ratio']['median']:.2f} ({row['ratio']['p10']:.2f} to {row['ratio']['p90']:.2f})",
         )
-        for name, work in document.more.get("workloads", {}).items()
+        for row in document.rows
     ]
     memory = document.more.get("memory", {})
     note = (
@@ -114,8 +115,28 @@ def _decode(document: Document) -> Iterable[ResultTable]:
         if memory
         else ""
     )
-    headings = ("tokens/s", "stockade", "`transformers`", "ratio")
+    headings = ("tokens/s", "n", "stockade", "`transformers`", "ratio (p10 to p90)")
     yield ResultTable(f"Decoding and prefill: {_model(document)}", headings, rows, note)
+
+
+def _serve(document: Document) -> Iterable[ResultTable]:
+    rows = [
+        (
+            row["way"],
+            str(row["n"]),
+            _number(row["tokens_per_s"]["median"]),
+            "{median:.1f} ({low:.1f} to {high:.1f})".format(**row["lost_percent"]) if index else "",
+        )
+        for index, row in enumerate(document.rows)
+    ]
+    more = document.more
+    notes = []
+    if "health_ms" in more:
+        notes.append("`/health` under load: {p50:.1f} ms, p99 {p99:.1f} ms.".format(**more["health_ms"]))
+    if "idle_steps" in more:
+        notes.append(f"Steps a second for {document.settings['idle']} idle streams: {more['idle_steps']}.")
+    headings = ("", "n", "tokens/s", "lost % (95 % interval)")
+    yield ResultTable(f"What the server costs: {_model(document)}", headings, rows, " ".join(notes))
 
 
 def _onnx(document: Document) -> Iterable[ResultTable]:
@@ -260,6 +281,7 @@ def _of_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> ResultTable:
 _KINDS: dict[str, Callable[[Document], Iterable[ResultTable]]] = {
     "overhead": _overhead,
     "decode": _decode,
+    "serve": _serve,
     "onnx": _onnx,
     "latency": _latency,
     "throughput": _throughput,

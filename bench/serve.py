@@ -9,16 +9,17 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from random import Random
 from time import perf_counter
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.console import Group, RenderableType
 
 from ..console import plain_table
 from ..doctor import cores
@@ -26,12 +27,16 @@ from ..engine.engine import Engine
 from ..engine.guards import Guard
 from ..engine.sampling import SamplingParams
 from ..engine.serving.policy import Policy
+from .estimates import Estimate
 from .http_client import request_bytes
 from .http_load import CHAT, load
 from .report import Spread, WrongPath
 from .serving import NAME, Served, served
+from .units import Unit
 from .workload import Sources, question
 
+BARE = "bare engine"
+WAYS = {"whole replies": False, "streamed as cleared": True}  # of the server: whether it streams
 HARMLESS = Guard.protector(threshold=0.0)  # reads every answer and lets it out
 
 
@@ -49,107 +54,99 @@ class ServeConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class ServeReport:
-    """overhead: percent of the bare engine's throughput that is lost, pair by pair. health: milliseconds."""
+class ServePlan:
+    """A piece of work is one run of the bare engine and of the server in each way; the last one are idle streams."""
 
-    config: ServeConfig
-    model: str
-    dtype: str
-    bare: Spread
-    overhead: dict[str, Spread]
-    health: dict[str, float]
-    idle_steps: int
+    kind = "serve"
 
-    def table(self) -> Table:
-        config = self.config
-        title = (
-            f"{self.model} {self.dtype}: {config.at_once} requests at once, {config.answer_tokens} tokens an answer"
+    def __init__(self, sources: Sources, config: ServeConfig, dtype: torch.dtype | None = None) -> None:
+        self.config, self.seed = config, config.seed
+        self._engine = sources.engine(dtype)
+        self._model = self._engine.models["mllm"]
+        own = str(self._model.backbone.decoder.dtype).removeprefix("torch.")
+        self.settings = {"model": sources.name, "dtype": own, **asdict(config)}
+        self._policy = Policy({"protector": HARMLESS}, "protector", loosest="window")
+
+    def warm_up(self) -> None:
+        self._pair(-1, self.config.at_once)
+
+    def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        for pair in range(self.config.pairs):
+            yield f"pair {pair}", partial(self._pair, pair, self.config.requests)
+        yield "idle", self._idle
+
+    def _pair(self, pair: int, count: int) -> dict[str, Any]:
+        """Seconds of the bare engine and of the server in each way, in an order drawn anew, and those of every answer
+        of /health. Raises `WrongPath` when a reply is not the clean, whole one that it was meant to be."""
+        config, random = self.config, Random(f"{self.seed} {pair}")
+        tokenizer = self._model.codec.tokenizer
+        texts = [question(tokenizer, config.prompt_tokens, random) for _ in range(count)]
+        seconds: dict[str, float] = {}
+        health: list[float] = []
+        with _one_core_left(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+            for name in random.sample([BARE, *WAYS], len(WAYS) + 1):
+                self._engine.pool.clear_cache()
+                if name == BARE:
+                    seconds[name] = _bare(self._engine, texts, config)
+                    continue
+                with served(self._engine, self._policy, max_requests=2 * config.at_once) as server:
+                    bodies = [_body(text, config, WAYS[name]) for text in texts]
+                    found = clients.submit(load, server.port, bodies, config.at_once).result()
+                if found.failures:
+                    raise WrongPath(f"{len(found.failures)} of {count} replies are wrong: {found.failures[0]}")
+                seconds[name] = found.seconds
+                health += found.health
+        return {"seconds": seconds, "health": health}
+
+    def _idle(self) -> int:
+        with _one_core_left(), served(self._engine, self._policy, max_requests=self.config.idle) as server:
+            return _steps_while_idle(self._engine, server, self.config)
+
+    def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
+        """lost_percent: of the bare engine's throughput, pair by pair."""
+        pairs = [found["seconds"] for name, found in done.items() if name.startswith("pair")]
+        tokens = self.config.requests * self.config.answer_tokens
+        rows = []
+        for way in (BARE, *WAYS) if pairs else ():
+            rate = Spread.of(tokens / took[way] for took in pairs).to_dict()
+            lost = Estimate.of(100 * (1 - took[BARE] / took[way]) for took in pairs)
+            rows.append({"way": way, "n": len(pairs), "tokens_per_s": rate, "lost_percent": lost.to_dict()})
+        return rows
+
+    def more(self, done: dict[str, Any]) -> dict[str, Any]:
+        """health: of /health under load, milliseconds. idle_steps: in a second, with streams that nobody reads."""
+        health = sorted(took for name, found in done.items() if name.startswith("pair") for took in found["health"])
+        more: dict[str, Any] = {}
+        if health:
+            at = {"p50": len(health) // 2, "p99": int(len(health) * 0.99)}
+            more["health_ms"] = {name: round(1000 * health[index], 2) for name, index in at.items()}
+        return more | ({"idle_steps": done["idle"]} if "idle" in done else {})
+
+    def table(self, done: dict[str, Any]) -> RenderableType:
+        config, more, settings = self.config, self.more(done), self.settings
+        title = f"{settings['model']} {settings['dtype']}: {config.at_once} requests at once"
+        headings = ["", "tokens/s", "lost % (95 % interval)"]
+        table = plain_table(
+            f"{title}, {config.answer_tokens} tokens an answer, n = {config.pairs}", headings, right=headings[1:]
         )
-        table = plain_table(f"{title}, n = {config.pairs}", ["", "median (10 %-90 %)"], right=["median (10 %-90 %)"])
-        table.add_row("bare engine, tokens/s", str(self.bare))
-        for name, spread in self.overhead.items():
-            table.add_row(f"lost by the server, {name}, %", str(spread))
-        for name, value in self.health.items():
-            table.add_row(f"/health under load, {name}, ms", f"{value:,.1f}")
-        table.add_row(f"steps in a second with {config.idle} streams that nobody reads", str(self.idle_steps))
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": "serve",
-            "model": self.model,
-            "dtype": self.dtype,
-            "config": asdict(self.config),
-            "bare_tokens_per_s": self.bare.to_dict(),
-            "overhead_percent": {name: spread.to_dict() for name, spread in self.overhead.items()},
-            "health_ms": self.health,
-            "idle_steps": self.idle_steps,
-        }
+        for row in self.rows(done):
+            lost = "" if row["way"] == BARE else str(Estimate(**row["lost_percent"]))
+            table.add_row(row["way"], f"{row['tokens_per_s']['median']:,.1f}", lost)
+        health = more.get("health_ms")
+        lines = [f"/health under load: {health['p50']:,.1f} ms, p99 {health['p99']:,.1f} ms"] if health else []
+        if "idle_steps" in more:
+            lines.append(f"steps in a second with {config.idle} streams that nobody reads: {more['idle_steps']}")
+        return Group(table, *lines)
 
 
-def run_serve(
-    sources: Sources,
-    config: ServeConfig,
-    dtype: torch.dtype | None = None,
-    told: Callable[[str, int, int], None] | None = None,
-) -> ServeReport:
-    """Measure. Raises `WrongPath` when a reply is not the clean, whole one that it was meant to be."""
+@contextmanager
+def _one_core_left() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() - 1))
     try:
-        return _run(sources.engine(dtype), sources.name, config, told or (lambda *_: None))
+        yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _run(
-    engine: Engine, name_of_model: str, config: ServeConfig, told: Callable[[str, int, int], None]
-) -> ServeReport:
-    model, random = engine.models["mllm"], Random(config.seed)
-    kinds = {"whole replies": False, "streamed as cleared": True}
-    seconds: dict[str, list[float]] = {name: [] for name in ("bare", *kinds)}
-    health: list[float] = []
-    policy = Policy({"protector": HARMLESS}, "protector", loosest="window")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
-        for pair in range(-1, config.pairs):  # the first one warms up
-            count = config.requests if pair >= 0 else config.at_once
-            texts = [question(model.codec.tokenizer, config.prompt_tokens, random) for _ in range(count)]
-            for name in random.sample(list(seconds), len(seconds)):
-                engine.pool.clear_cache()
-                if name == "bare":
-                    took = _bare(engine, texts, config)
-                else:
-                    with served(engine, policy, max_requests=2 * config.at_once) as server:
-                        bodies = [_body(text, config, kinds[name]) for text in texts]
-                        found = clients.submit(load, server.port, bodies, config.at_once).result()
-                    if found.failures:
-                        raise WrongPath(f"{len(found.failures)} of {count} replies are wrong: {found.failures[0]}")
-                    took = found.seconds
-                    health += found.health if pair >= 0 else []
-                if pair >= 0:
-                    seconds[name].append(took)
-            told("serving", pair + 2, config.pairs + 1)
-        with served(engine, policy, max_requests=config.idle) as server:
-            idle_steps = _steps_while_idle(engine, server, config)
-    tokens = config.requests * config.answer_tokens
-    bare = seconds.pop("bare")
-    ordered = sorted(health)
-    return ServeReport(
-        config,
-        name_of_model,
-        str(model.backbone.decoder.dtype).removeprefix("torch."),
-        Spread.of([tokens / took for took in bare]),
-        {
-            name: Spread.of([100 * (1 - one / other) for one, other in zip(bare, took, strict=True)])
-            for name, took in seconds.items()
-        },
-        {
-            "median": round(1000 * ordered[len(ordered) // 2], 2),
-            "p99": round(1000 * ordered[int(len(ordered) * 0.99)], 2),
-        },
-        idle_steps,
-    )
 
 
 def _bare(engine: Engine, texts: list[str], config: ServeConfig) -> float:

@@ -17,9 +17,10 @@ from ..engine.engine import Engine
 from ..engine.errors import BadInput
 from ..engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, SelfJudge
 from ..engine.guards.prompts import detector_text
+from ..engine.guards.remedies import Mending
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec
 from ..engine.models.loader import Attached, ModelSet, load_models
-from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode, Score
+from ..engine.passes import Answer, Decision, Handle, Loop, ModelTraits, ReleaseMode, Score
 from ..engine.request import Outcome, Reply
 from ..engine.sampling import SamplingParams
 from .checkpoints import save_adapter
@@ -50,6 +51,26 @@ def counterpart(name: str) -> str | None:
     return COUNTERPARTS.get(name.split("-")[0])
 
 
+@dataclass(frozen=True)
+class _Rewrites(Detoxify):
+    """On a forced path the text is the models' own whatever it is: of an untrained one it may well be blank."""
+
+    def mend(self, chat: Chat, answer: Answer) -> Mending:
+        return _spoken((yield from super().mend(chat, answer)))
+
+
+@dataclass(frozen=True)
+class _AsksAgain(EyesClosed):
+    """Likewise."""
+
+    def mend(self, chat: Chat, answer: Answer, started: Handle | None = None) -> Mending:
+        return _spoken((yield from super().mend(chat, answer, started)))
+
+
+def _spoken(answer: Answer) -> Answer:
+    return answer if answer.text.strip() else answer._replace(text=".")
+
+
 def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     """This engine's guards on a forced path, every text of its length; None is no guard at all.
 
@@ -63,11 +84,11 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     word = SamplingParams(max_tokens=lengths.judge, ignore_eos=True)
     captions = SamplingParams(max_tokens=lengths.caption, ignore_eos=True)
     protector = replace(
-        Guard.protector(threshold=threshold, max_rounds=1), remedy=Detoxify(sampling=later), recheck=False
+        Guard.protector(threshold=threshold, max_rounds=1), remedy=_Rewrites(sampling=later), recheck=False
     )
     # any mass will do: the verdict is forced, a nonsensical one would cut the path short
     judge = SelfJudge(threshold=threshold, min_mass=1e-12)
-    eyes_closed = EyesClosed(sampling=later, caption_sampling=captions)
+    eyes_closed = _AsksAgain(sampling=later, caption_sampling=captions)
     ecso = replace(Guard.ecso(), detector=judge, remedy=eyes_closed, recheck=False)
     scripts = Guard.protector(published=True, threshold=threshold), Guard.ecso(published=True, threshold=threshold)
     protector_script, ecso_script = (
@@ -82,7 +103,7 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
         "ecso-rechecked": replace(ecso, recheck=True),
         "off-as-published": Guard(name="off", released=protector_script.released),
         "protector-as-published": replace(
-            protector_script, remedy=Detoxify(with_question=False, chat_template=False, sampling=later)
+            protector_script, remedy=_Rewrites(with_question=False, chat_template=False, sampling=later)
         ),
         "ecso-as-published": replace(
             ecso_script,
@@ -98,7 +119,7 @@ def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     known = forced_guards(lengths, path)
     separate = known.pop("protector")
     assert separate is not None
-    mender = Detoxify("detoxifier-adapter", sampling=SamplingParams(max_tokens=lengths.mended, ignore_eos=True))
+    mender = _Rewrites("detoxifier-adapter", sampling=SamplingParams(max_tokens=lengths.mended, ignore_eos=True))
     own = replace(separate, remedy=mender)
     threshold = THRESHOLDS[path]
     return {

@@ -65,8 +65,13 @@ def decoding(rate: float = 60.0) -> Document:
     def side(value: float) -> dict[str, float]:
         return {"n": 3, "median": value, "p10": value - 1, "p90": value + 1}
 
-    work = {"tokens_per_second": {"stockade": side(rate), "transformers": side(20.0)}, "ratio": rate / 20.0}
-    return document("decode", more={"workloads": {"batch 1": work}, "memory": {"tokens_per_second_at_batch_1": 71.0}})
+    rates = {"stockade": side(rate), "transformers": side(20.0)}
+    row = {"workload": "batch 1", "n": 3, "tokens_per_s": rates, "ratio": side(rate / 20.0)}
+    units = {
+        f"round {number}": {"batch 1": {"stockade": rate + number, "transformers": 20.0 + number}}
+        for number in range(3)
+    }
+    return document("decode", rows=[row], units=units, more={"memory": {"tokens_per_second_at_batch_1": 71.0}})
 
 
 def capacity() -> Document:
@@ -135,8 +140,8 @@ def test_the_same_figures_make_the_same_picture_and_others_another():
 
 def test_tables_of_known_kinds_have_headings_and_those_of_others_their_rows_as_they_are():
     (table,) = tables(decoding())
-    assert table.markdown().splitlines()[2] == "| batch 1 | 60.0 | 20.0 | 3.0 |"
-    assert table.markdown().splitlines()[1] == "| --- | ---: | ---: | ---: |"
+    assert table.markdown().splitlines()[2] == "| batch 1 | 3 | 60.0 | 20.0 | 3.00 (2.00 to 4.00) |"
+    assert table.markdown().splitlines()[1] == "| --- | ---: | ---: | ---: | ---: |"
     plain = document("novel", rows=[{"what": "a|b", "ms": {"median": 1.5, "low": 1.0, "high": 2.0}}, {"n": 3}])
     (table,) = tables(plain)
     assert table.headings == ("what", "ms", "n")
@@ -206,8 +211,8 @@ def test_the_command_writes_page_pictures_and_readme_and_refuses_other_folders(t
     run(str(results), "--against", str(before), "--png", str(tmp_path / "png"))
     assert "What changed" in (results / "report.html").read_text()
     assert (tmp_path / "png" / "decode-decode.png").exists()
-    assert "| batch 1 | 90.0 |" in run(str(results), "--markdown", "--readme", str(readme))
-    assert "| batch 1 | 90.0 |" in readme.read_text()
+    assert "| batch 1 | 3 | 90.0 |" in run(str(results), "--markdown", "--readme", str(readme))
+    assert "| batch 1 | 3 | 90.0 |" in readme.read_text()
     assert (tmp_path / "bench" / "data" / "bench-decode-decode.png").exists()
     for wrong in ([str(empty)], [str(tmp_path / "nowhere")], [str(results), "--against", str(empty)]):
         with pytest.raises(BadDocument):

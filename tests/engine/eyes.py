@@ -13,8 +13,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from stockade.bench.overhead import OverheadPlan
+from stockade.bench.overhead_report import OverheadConfig
 from stockade.bench.published import Lengths, PublishedEcso, Speaker
+from stockade.bench.side_by_side import Run
 from stockade.bench.variants import forced_guards
+from stockade.bench.workload import sources
 from stockade.engine.engine import Engine
 from stockade.engine.errors import TooManyImageTokens
 from stockade.engine.guards import Guard
@@ -289,6 +293,30 @@ class FamilyTests:
         whole = replace(models, models={"mllm": replace(model, context=2 * vision.tokens(size, 2))})
         with pytest.raises(TooManyImageTokens, match=r"become \d+ tokens; mllm takes at most \d+ in all"):
             self.new(whole).chat([chat("What?", picture(5, size), picture(6, size))])
+
+    def test_what_guards_cost_is_measured_on_it(self, folder: Path) -> None:
+        """Engine and published pipelines on the forced paths, every text of its length."""
+        config = OverheadConfig(
+            variants=("protector-adapter", "ecso"),
+            repeats=1,
+            harmful_repeats=1,
+            published_repeats=1,
+            prompt_tokens=12,
+            lengths=Lengths(6, 2, 4, 6),
+            saturation_pairs=0,
+            mixed_pairs=0,
+        )
+        done: dict[str, Any] = {}
+        with sources(str(folder), "tiny-llama", "tiny-llama") as weights:
+            plan = OverheadPlan(weights, config, torch.float32)
+            for name, measure in plan.units(done):
+                if name.startswith("latency"):
+                    done[name] = measure()
+        cells = {(name, path): Run.of(run) for name, path, run in done["latency 0"]}
+        new = {"protector-adapter": 12, "published-protector": 12, "ecso": 16, "published-ecso": 18}
+        for guard, tokens in new.items():  # the engine's judge reads a distribution and writes nothing
+            run = cells[guard, "harmful"]
+            assert run.seconds > run.exposed > 0 and run.new_tokens == tokens
 
 
 def tokens(replies: list[Reply]) -> list[list[int]]:
