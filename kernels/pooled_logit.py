@@ -49,3 +49,40 @@ def pooled_classes(
         harmless = logits[:, [label for label in range(weight.shape[0]) if label not in harm]]
         logit = harmless.logsumexp(-1) - harmful.logsumexp(-1)
     return logit, torch.sigmoid(logit)
+
+
+def pooled_head_reference(
+    hidden: Tensor,
+    first_row: Tensor,
+    count: Tensor,
+    pool_start: Tensor,
+    slot: Tensor,
+    sums: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """What `kernels.triton.pooled_head` does, whose contract this shares, a sequence at a time.
+
+    All in the dtype of `sums`, so that fp64 sums make it exact.
+    """
+    stops, starts, known, slots = (part.tolist() for part in (first_row, pool_start, count, slot))
+    scores = []
+    for index, start in enumerate(starts):
+        first, stop = stops[index : index + 2]
+        pooled = torch.full_like(sums[0], float("nan"))
+        if first < stop and start == -1:
+            pooled = hidden[stop - 1].to(sums.dtype)
+        elif first < stop and known[index] > 0:
+            if start < stop:
+                before = sums[slots[index]] if known[index] > stop - start else 0
+                sums[slots[index]] = before + hidden[start:stop].to(sums.dtype).sum(0)
+            pooled = sums[slots[index]] / known[index]
+        if norm is not None:
+            pooled = pooled * torch.rsqrt(pooled.pow(2).mean() + eps) * norm.to(sums.dtype)
+        logit = (pooled * weight.to(sums.dtype)).sum()
+        scores.append(torch.sigmoid(logit if bias is None else logit + bias[0].to(sums.dtype)))
+    score = torch.stack(scores)
+    return score, score.isfinite() & (score >= threshold)
