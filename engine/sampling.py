@@ -196,7 +196,7 @@ def _nucleus(logits: Tensor, tail: float) -> Tensor:
     """
     probs = logits.softmax(-1)
     likely = probs > tail / (2 * len(probs))
-    order = logits[likely].sort().indices
+    order = logits[likely].sort(stable=True).indices  # of equal ones the first go first
     drop = probs.masked_fill(likely, 0.0).sum() + probs[likely][order].cumsum(-1) <= tail
     drop[-1:] = False
     kept = likely.nonzero().squeeze(1)[order[~drop]]

@@ -1,0 +1,19 @@
+"""How far a kernel's result may be from the exact one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAN = float("nan")
+
+
+def assert_as_exact(got: Tensor, want: Tensor, torchs: Tensor) -> None:
+    """got: the kernel's; want: in fp64; torchs: by torch in got's dtype. Allowed: twice torch's error and a rounding.
+
+    A rounding is a whole unit of the last place: the interpreter cuts what does not fit into bf16.
+    """
+    assert got.dtype == torchs.dtype and got.shape == want.shape and got.isfinite().all()
+    error = (got.cpu().double() - want).abs()
+    allowed = 2 * (torchs.double() - want).abs().max() + torch.finfo(got.dtype).eps * want.abs() + 1e-7
+    assert (error <= allowed).all(), f"off by {float((error - allowed).max()):.3g} more than allowed"
