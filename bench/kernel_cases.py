@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from ..engine.models.bundles import default_cache
 from ..engine.models.decoder import Decoder, DecoderConfig
 from ..kernels import native
+from ..kernels.backend import chosen
 from ..kernels.linear import Linear, can_pack
 from ..kernels.lora import LowRank, add_low_rank_, low_rank_reference
 from ..kernels.native import Native, RaggedGroup, RaggedSequence
@@ -29,18 +30,20 @@ from ..kernels.paged_attention import (
     paged_attention,
     write_kv,
 )
-from ..kernels.pooled_logit import pool_add, pooled_logit
+from ..kernels.pooled_logit import pool_add, pooled_head_reference, pooled_logit
+from ..kernels.ragged import RaggedTables
 from ..kernels.rms_norm import rms_norm, rms_norm_reference
 from ..kernels.rope import rope_, rope_angles, rope_reference
 from ..kernels.swiglu import swiglu
 from .roofline import Shape, Work
 
 OPERATIONS = (
-    *("rms_norm", "rope", "swiglu", "linear", "lora", "pool_add", "pooled_logit"),
+    *("rms_norm", "rope", "swiglu", "linear", "lora", "pool_add", "pooled_logit", "pooled_head"),
     *("attention_decode", "attention_prefill", "layer"),
 )
 REFERENCE = "reference"
 RANK = 16  # of adapters
+PAGE = 64  # tokens, where Triton reads pages
 EPS = 1e-5
 
 
@@ -89,6 +92,7 @@ class Cases:
             native.load(default_cache()) if device.type == "cpu" and dtype is torch.bfloat16 else "no bf16 on a CPU"
         )
         self.native = loaded if isinstance(loaded, Native) else None
+        self.triton = chosen(device) == "triton"
 
     def all(self, operations: Sequence[str] = OPERATIONS) -> Iterator[Case]:
         """Those of some operations."""
@@ -104,8 +108,8 @@ class Cases:
                     yield from (self.prefill_attention(sizes.chunk, known) for known in (0, *sizes.contexts))
                 case "layer":
                     yield from (self.layer(count, sizes.contexts[0]) for count in rows)
-                case "pooled_logit":
-                    yield from (self.pooled_logit(count) for count in sizes.rows)
+                case "pooled_logit" | "pooled_head":
+                    yield from (getattr(self, operation)(count) for count in sizes.rows)
                 case _:
                     yield from (getattr(self, operation)(count) for count in rows)
 
@@ -234,6 +238,40 @@ class Cases:
             },
         )
 
+    def pooled_head(self, rows: int) -> Case:
+        """The detector's head after a step of one token each: sum, mean, norm, dot product, score, threshold."""
+        width = self.shape.hidden
+        hidden, weight, norm, bias = (self._random(*size) for size in ((rows, width), (width,), (width,), (1,)))
+        weight *= width**-0.5
+        first_row = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        tables = (first_row, torch.ones_like(first_row[1:]), first_row[:-1], first_row[:-1])
+        slots = first_row[:-1].long()
+        sums = torch.zeros(rows + 1, width, device=self.device)
+        threshold = 0.5
+
+        def reference(into: Tensor) -> Tensor:
+            return pooled_head_reference(hidden, *tables, into, weight, bias, norm, EPS, threshold)[0]
+
+        def plain(into: Tensor) -> tuple[Tensor, Tensor]:
+            pool_add(hidden, slots, into)
+            score = pooled_logit(into[slots] / tables[1][:, None], weight, bias, norm, EPS)[1]
+            return score, score.isfinite() & (score >= threshold)
+
+        ways = {
+            REFERENCE: _way(lambda: reference(sums)),
+            "torch": Way(lambda: plain(sums), lambda: plain(torch.zeros_like(sums))[0]),
+        }
+        if self.triton:
+            from ..kernels.triton.pooled_head import pooled_head  # there is no Triton everywhere
+
+            ways["triton"] = _way(lambda: pooled_head(hidden, *tables, sums, weight, bias, norm, EPS, threshold)[0])
+        return Case(
+            *("pooled_head", f"{rows} x {width}"),
+            Work(self._bytes(hidden.numel() + 2 * width) + 4.0 * hidden.numel(), 6.0 * hidden.numel(), 1),
+            lambda: reference(sums.double()),
+            ways,
+        )
+
     def decode_attention(self, rows: int, context: int) -> Case:
         """One query a sequence, over keys and values in one piece, and over such in four."""
         shape = self.shape
@@ -251,6 +289,15 @@ class Cases:
             for runs in (1, 4)
         }
         scale = shape.head_dim**-0.5
+        ways = {
+            # the exact one in fp64, which copies what it reads
+            REFERENCE: _way(lambda: self._exact_attention(q, caches[0], spans[1])),
+            "torch": _cycled([_bound(paged_attention, q, cache, spans[1], scale) for cache in caches]),
+            "torch, in four pieces": Way(
+                _cycled([_bound(paged_attention, q, cache, spans[4], scale) for cache in caches]).run,
+                lambda: paged_attention(q, self._gathered(caches[0], spans[1], spans[4]), spans[4], scale),
+            ),
+        }
         return Case(
             *("attention_decode", f"{rows} x {context} tokens"),
             Work(
@@ -259,15 +306,7 @@ class Cases:
                 1,
             ),
             lambda: self._exact_attention(q, caches[0], spans[1]),
-            {
-                # the exact one in fp64, which copies what it reads
-                REFERENCE: _way(lambda: self._exact_attention(q, caches[0], spans[1])),
-                "torch": _cycled([_bound(paged_attention, q, cache, spans[1], scale) for cache in caches]),
-                "torch, in four pieces": Way(
-                    _cycled([_bound(paged_attention, q, cache, spans[4], scale) for cache in caches]).run,
-                    lambda: paged_attention(q, self._gathered(caches[0], spans[1], spans[4]), spans[4], scale),
-                ),
-            },
+            ways | self._triton_attention(q, caches, spans[1]),
         )
 
     def prefill_attention(self, rows: int, context: int) -> Case:
@@ -277,16 +316,55 @@ class Cases:
         mask = causal_mask(rows, context + rows, None, self.device)
         spans = [SequenceSpan(0, rows, ((0, context + rows),), mask)]
         pairs = rows * context + rows * (rows + 1) / 2
-        return self._case(
+        ways = {
+            REFERENCE: _way(lambda: self._exact_attention(q, cache, spans)),
+            "torch": _way(lambda: paged_attention(q, cache, spans, shape.head_dim**-0.5)),
+        }
+        return Case(
             *("attention_prefill", f"{rows} after {context} tokens"),
-            self._bytes((rows + context) * self._row + 2 * q.numel()),
-            4.0 * shape.heads * shape.head_dim * pairs,
+            Work(
+                self._bytes((rows + context) * self._row + 2 * q.numel()),
+                4.0 * shape.heads * shape.head_dim * pairs,
+                1,
+            ),
             lambda: self._exact_attention(q, cache, spans),
-            {
-                REFERENCE: lambda: self._exact_attention(q, cache, spans),
-                "torch": lambda: paged_attention(q, cache, spans, shape.head_dim**-0.5),
-            },
+            ways | self._triton_attention(q, [cache], spans),
         )
+
+    def _triton_attention(
+        self, q: Tensor, caches: Sequence[LayerKV], spans: Sequence[SequenceSpan]
+    ) -> dict[str, Way]:
+        """Over the pages of `spans` as they lie, side by side, and over the same in any order."""
+        if not self.triton:
+            return {}
+        from ..kernels.triton.paged_attention import paged_attention as triton_attention  # not everywhere
+
+        contexts = [sum(count for _, count in span.runs) for span in spans]
+        page_counts = [-(-context // PAGE) for context in contexts]
+        order = torch.randperm(sum(page_counts), generator=torch.Generator().manual_seed(0)).tolist()
+        beside = torch.zeros(len(spans), max(page_counts), dtype=torch.int32)
+        apart = torch.zeros_like(beside)
+        for index, (span, count) in enumerate(zip(spans, page_counts, strict=True)):
+            beside[index, :count] = torch.arange(count) * PAGE + span.runs[0][0]
+            apart[index, :count] = torch.tensor([order.pop() for _ in range(count)]) * PAGE
+        starts = torch.tensor([span.start for span in spans] + [len(q)], dtype=torch.int32, device=self.device)
+        lengths = torch.tensor(contexts, dtype=torch.int32, device=self.device)
+        limits = PAGE, max(span.length for span in spans), max(contexts)
+        tables = [RaggedTables(starts, lengths, pages.to(self.device), *limits) for pages in (beside, apart)]
+        scale = self.shape.head_dim**-0.5
+
+        def attend(cache: LayerKV, which: int) -> Callable[[], Tensor]:
+            return _bound(triton_attention, q, cache, tables[which], scale)
+
+        shuffled = self._cache(caches[0].kv.shape[1])
+        for index, context in enumerate(contexts):
+            places = torch.arange(context)
+            here, there = (side[index].long()[places // PAGE] + places % PAGE for side in (beside, apart))
+            shuffled.kv[:, there] = caches[0].kv[:, here]
+        return {
+            "triton": _cycled([attend(cache, 0) for cache in caches]),
+            "triton, pages apart": Way(_cycled([attend(cache, 1) for cache in caches]).run, attend(shuffled, 1)),
+        }
 
     def layer(self, rows: int, context: int) -> Case:
         """A whole decoder layer over `rows` tokens of one text: single operations, and the native kernels."""
@@ -350,7 +428,9 @@ class Cases:
         return made.to(dtype or self.dtype)
 
     def _cache(self, rows: int) -> LayerKV:
-        kv = self._random(2 * self.shape.kv_heads, rows, self.shape.head_dim)
+        unit = 16 // self.dtype.itemsize  # rows of the pool begin at multiples of 16 bytes, pages are whole
+        padded, rows = -(-self.shape.head_dim // unit) * unit, -(-rows // PAGE) * PAGE
+        kv = self._random(2 * self.shape.kv_heads, rows, padded)[..., : self.shape.head_dim]
         half = self.shape.kv_heads
         return LayerKV(kv, kv[:half].unsqueeze(0), kv[half:].unsqueeze(0))
 

@@ -37,7 +37,7 @@ class PoolCorrupted(StockadeError):
 class KVLayout:
     """The shape of one model's keys and values; models of one shape and depth may share slabs.
 
-    Rows of a head are padded to 16 bytes, so that a vector load never straddles two rows.
+    Rows of a head are padded to 16 bytes with zeros, so that a vector load never straddles two rows.
     """
 
     depth: int
@@ -332,6 +332,17 @@ class PagePool:
         heads = layout.depth * 2 * layout.kv_heads
         return elements.as_strided((heads, rows, layout.head_dim), (slab_tokens * padded, padded, 1))
 
+    def _clear_padding(self, layout: KVLayout, number: int) -> None:
+        """Zero what pads a slab's rows to 16 bytes: kernels read it with the row, times a query's zeros, and it may
+        be the NaN of another layout's numbers."""
+        rows = self._all_rows[layout]
+        heads, _, dim = rows.shape
+        first, slab_tokens = number * (self.slab_bytes // layout.row_bytes), rows.stride(0) // rows.stride(1)
+        padding = rows.stride(1) - dim
+        if padding:
+            start = rows.storage_offset() + first * rows.stride(1) + dim
+            rows.as_strided((heads, slab_tokens, padding), rows.stride(), start).zero_()
+
     def _layer_views(self, layout: KVLayout) -> list[LayerKV]:
         heads = layout.kv_heads
         views = []
@@ -356,6 +367,7 @@ class PagePool:
             fresh = self._idle_slab(layout)
         if fresh is not None:
             self.slabs[fresh] = _Slab(layout, self._pages_per_slab(layout))
+            self._clear_padding(layout, fresh)
             return fresh, 0
         if self._lru[layout]:
             oldest = next(iter(self._lru[layout]))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ragged import RaggedTables
+
 
 class LayerKV(NamedTuple):
     """One layer's keys and values in the pool, as views; a row is a token's place.
@@ -199,17 +201,60 @@ def causal_mask(count: int, context: int, window: int | None, device: torch.devi
 
 
 def attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None, cap: float | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    sees: Tensor | None = None,
 ) -> Tensor:
-    """The same for one sequence in fp64: q [count, heads, dim], keys and values [kv_heads, context, dim]."""
+    """The same for one sequence in fp64: q [count, heads, dim], keys and values [kv_heads, context, dim].
+
+    sees: [count], how many of its context, from the first on, a query sees, where not those up to itself.
+    """
     group = q.shape[1] // keys.shape[0]
     keys, values = (side.double().repeat_interleave(group, 0) for side in (keys, values))
     scores = torch.einsum("qhd,hkd->hqk", q.double(), keys) * scale
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     context = keys.shape[1]
-    allowed = causal_mask(q.shape[0], context, window, q.device)
-    if allowed is None:
-        allowed = torch.ones(context, context, dtype=torch.bool, device=q.device).tril()
+    key = torch.arange(context, device=q.device)
+    query = key[context - q.shape[0] :, None]
+    allowed = key < (query + 1 if sees is None else sees[:, None])
+    if window is not None:
+        allowed &= key > query - window
     scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.einsum("hqk,hkd->qhd", scores.softmax(-1), values).flatten(1)
+
+
+def ragged_reference(
+    q: Tensor,
+    cache: LayerKV,
+    tables: RaggedTables,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    kv_scale: Tensor | None = None,
+    sees: Tensor | None = None,
+) -> Tensor:
+    """What `kernels.triton.paged_attention` does, whose contract this shares, in fp64 and a sequence at a time.
+
+    Returns [rows, heads * head_dim] in q's dtype; fp64 where q is.
+    """
+    kv_heads = cache.kv.shape[0] // 2
+    out = q.new_zeros(q.shape[0], q[0].numel())
+    first_row, lengths = tables.first_row.tolist(), tables.length.tolist()
+    for index, context in enumerate(lengths):
+        start, stop = first_row[index : index + 2]
+        if start == stop or not context:
+            continue
+        places = torch.arange(context, device=q.device)
+        rows = tables.pages[index].long()[places // tables.page_size] + places % tables.page_size
+        kv = cache.kv[:, rows].double()
+        if kv_scale is not None:
+            kv = kv * kv_scale.double()[:, None, None]
+        keys, values = kv.split(kv_heads)
+        limits = None if sees is None else sees[start:stop]
+        out[start:stop] = attention_reference(q[start:stop], keys, values, scale, window, cap, limits)
+    return out

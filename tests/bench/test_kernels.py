@@ -82,3 +82,16 @@ def test_the_command_measures_every_operation(tmp_path: Any, monkeypatch: pytest
     assert document.settings["shape"]["hidden"] == 64 and document.more["ceilings"]["bandwidth"] == 1e10
     with pytest.raises(BadInput, match="rms_norm"):
         CliRunner().invoke(app, ["kernels", "--operation", "nothing"], catch_exceptions=False)
+
+
+def test_where_triton_runs_it_is_one_of_the_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOCKADE_KERNELS", "triton")  # in its interpreter
+    with torch.inference_mode():
+        for case in Cases(SHAPE, SIZES, CPU, torch.float16).all(
+            ("attention_decode", "attention_prefill", "pooled_head")
+        ):
+            exact = case.exact().double()
+            ours = {name: way for name, way in case.ways.items() if name.startswith("triton")}
+            assert len(ours) == (1 if case.operation == "pooled_head" else 2)
+            for way in ours.values():
+                assert (way.result().double() - exact).abs().max() / exact.abs().max() < 3e-3, case.name

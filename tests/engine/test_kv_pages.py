@@ -313,3 +313,16 @@ def test_the_check_finds_what_is_wrong() -> None:
     pool._lru[WIDE].clear()
     with pytest.raises(PoolCorrupted, match="eviction order"):
         pool.check_integrity()
+
+
+def test_what_pads_rows_is_zero_whatever_was_there() -> None:
+    """A kernel multiplies it by zeros, which no NaN of another layout's numbers survives."""
+    pool = pool_of(2, (ODD,))
+    pool.arena.fill_(255)  # NaN in every dtype
+    pages = pool.allocate(ODD, pool.capacity(ODD))
+    assert pages
+    for layer in pool.layers(ODD):
+        heads, rows, _ = layer.kv.shape
+        padded = layer.kv.as_strided((heads, rows, 104), layer.kv.stride(), layer.kv.storage_offset())
+        for page in pages:
+            assert not padded[:, page.row : page.row + ODD.tokens_per_page, 100:].any()
