@@ -23,6 +23,33 @@ class LowRank(NamedTuple):
     b: Tensor  # [rank, out]
 
 
+class LoraStack(NamedTuple):
+    """The updates of one linear map by all adapters of a batch, side by side: what kernels read that find a row's
+    adapter on the device. a: [adapters, rank, in]; b: [adapters, out, rank], zero behind an adapter's own rank."""
+
+    a: Tensor
+    b: Tensor
+
+
+def stacked(updates: Sequence[LowRank | None]) -> LoraStack | None:
+    """The stack of the adapters' updates, None for one that leaves this map alone; None where all of them do.
+
+    The rank is that of the largest, up to a power of two of at least 16: what matrix units multiply.
+    """
+    present = [update for update in updates if update is not None]
+    if not present:
+        return None
+    rank = max(16, 1 << (max(update.a.shape[1] for update in present) - 1).bit_length())
+    first = present[0]
+    a = first.a.new_zeros(len(updates), rank, first.a.shape[0])
+    b = first.b.new_zeros(len(updates), first.b.shape[1], rank)
+    for index, update in enumerate(updates):
+        if update is not None:
+            own = update.a.shape[1]
+            a[index, :own], b[index, :, :own] = update.a.t(), update.b.t()
+    return LoraStack(a, b)
+
+
 Rows: TypeAlias = slice | Tensor
 """Adjacent rows of a batch, or the indices [n] int64 of scattered ones."""
 
