@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..engine.errors import BadInput
+from .eyes_command import eyes
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 train_app = typer.Typer()
+train_app.command()(eyes)
 data_app = typer.Typer(help="Make data to train on.", no_args_is_help=True)
 
 BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint folder, a GGUF file or a bundle.")]

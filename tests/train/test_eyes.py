@@ -1,0 +1,235 @@
+"""Eyes for a tiny language model: what pictures ask for, that training learns and goes on, and what engines read."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+from stockade.cli import app
+from stockade.engine.engine import Engine
+from stockade.engine.errors import BadInput, ImagesNotSupported
+from stockade.engine.images import load_image
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.shapes import byte_tokenizer
+from stockade.train.eyes import Course, Lesson, drawn, painter_of, train_eyes
+from stockade.train.eyes_model import (
+    EYES_FILE,
+    PIXELS,
+    SIDE,
+    Eyes,
+    eyes_config,
+    image_token,
+    pixels_of,
+    template_with_images,
+)
+from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
+from stockade.train.eyes_targets import EMPTY, wanted
+from stockade.train.eyes_texts import Texts, read_texts
+from stockade.train.loop import AnotherRun
+from stockade.train.pictures import OTHERS, Painter, Picture, default_fonts, usable_fonts
+from stockade.train.rows import DataMissing
+
+FONTS = default_fonts()[:2]
+TEXTS = Texts(("the quick brown fox jumps over the lazy dog",) * 3, ("a new text of some words",))
+QUICK = Course(steps=3, batch=2, reading=2, rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    return painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6)
+
+
+@pytest.mark.parametrize("style", ["list", *OTHERS])
+def test_pictures_depend_on_their_number_alone_and_say_where_text_is(painter: Painter, style: str) -> None:
+    for number in range(4):
+        picture, again = (painter.draw(random.Random(number), style) for _ in range(2))
+        assert picture.image.tobytes() == again.image.tobytes()
+        assert picture.image.size == (PIXELS, PIXELS)
+        assert bool(picture.caption) == (style == "scene") == (not picture.lines)
+        for line in picture.lines:
+            assert 0 < line.y < 1
+            assert len(line.xs) == len(line.text)
+            assert list(line.xs) == sorted(line.xs)
+            assert 0 < line.xs[0] < line.xs[-1] < 1 or len(line.xs) == 1
+    assert painter.draw(random.Random(1), style).image.tobytes() != picture.image.tobytes()
+
+
+def test_lines_stand_where_they_are_said_to_stand(painter: Painter) -> None:
+    picture = painter._text(["HELLO", "HH"], FONTS[0], 60, (400, 400), 20, 30, 40, "page")
+    dark = torch.tensor(list(picture.image.get_flattened_data())).view(400, 400) < 128
+    for line in picture.lines:
+        row = dark[int(line.y * 400)]
+        for x in (line.xs[0], line.xs[-1]):
+            assert row[int(x * 400) - 25 : int(x * 400) + 25].any()
+    assert not dark[:30].any()
+
+
+def test_tokens_stand_where_they_begin_and_nothing_is_lost() -> None:
+    tokenizer = byte_tokenizer(320).backend_tokenizer
+    painter = painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6)
+    picture = painter._text(["ab no"], FONTS[0], 60, (400, 400), 20, 30, 40, "page")
+    asked = wanted(picture, tokenizer)
+    row = int(picture.lines[0].y * SIDE)
+    said = [int(token) for token in asked.tokens.view(SIDE, SIDE)[row] if token != EMPTY]
+    assert tokenizer.decode(said) == " ab no"
+    assert (asked.tokens != EMPTY).sum() == len(said)
+    letters = [chr(32 + int(letter)) for letter in asked.letters.view(SIDE, SIDE, -1)[row].flatten() if letter]
+    assert "".join(letters) == "abno"
+    caption = wanted(Picture(picture.image, "scene", caption="no"), tokenizer)
+    assert tokenizer.decode([int(token) for token in caption.tokens if token != EMPTY]) == " no"
+
+
+def test_a_row_with_more_tokens_than_patches_keeps_the_first(painter: Painter) -> None:
+    picture = painter._text(["abcdefghijklmnop"], FONTS[0], 20, (400, 400), 5, 5, 10, "page")
+    row = wanted(picture, byte_tokenizer(320).backend_tokenizer).tokens[:SIDE]
+    assert (row != EMPTY).all()
+
+
+def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_it(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = checkpoint("llama-mha-tied")
+    card = train_eyes(base, tmp_path / "whole", texts=TEXTS, fonts=FONTS, course=QUICK)
+    assert len(card.losses) == QUICK.steps
+    assert card.parameters < 8_000_000
+    assert (tmp_path / "whole" / EYES_FILE).stat().st_size < 16 << 20
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == "learning to read" and done == 2:
+            raise Stop
+
+    arguments = {"texts": TEXTS, "fonts": FONTS, "save_seconds": 0.0}
+    with pytest.raises(Stop):
+        train_eyes(base, tmp_path / "parts", course=QUICK, progress=stop, **arguments)
+    with pytest.raises(AnotherRun):
+        train_eyes(base, tmp_path / "parts", course=replace(QUICK, seed=1), **arguments)
+    resumed = train_eyes(base, tmp_path / "parts", course=QUICK, **arguments)
+    assert resumed.losses == card.losses
+    one, other = (load_file(tmp_path / name / EYES_FILE) for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    folder = tmp_path / "whole"
+    mllm = load_models(folder, device="cpu", dtype=torch.float32).models["mllm"]
+    vision = mllm.backbone.vision
+    assert vision is not None
+    picture = drawn(painter_of(mllm.codec.tokenizer, TEXTS, FONTS, 0.6), 0, 0)
+    prepared = vision.prepare((load_image(picture.image),), "")
+    assert prepared[0].tokens == SIDE * SIDE
+    assert torch.allclose(prepared[0].inputs["pixel_values"], pixels_of([picture.image]), atol=1e-6)
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    theirs = whole.get_image_features(pixel_values=pixels_of([picture.image])).pooler_output[0]
+    assert torch.allclose(vision.encode(prepared)[0][0], theirs, atol=1e-5)
+    engine = Engine(folder, device="cpu", dtype=torch.float32)
+    scores = evaluate(engine, painter_of(mllm.codec.tokenizer, TEXTS, FONTS, 0.6, held_out=True), 1)
+    assert [score.pictures for score in scores] == [1, 1, 1, 1]
+    assert all(0 <= score.right <= score.of for score in scores)
+
+
+def test_a_lesson_is_learned(painter: Painter) -> None:
+    torch.manual_seed(0)
+    embedding, tokenizer = torch.randn(320, 64), byte_tokenizer(320)
+    eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
+    lesson = Lesson(tokenizer, embedding.bfloat16(), torch.randn(SIDE * SIDE, 64))
+    pictures = [drawn(painter, 0, number) for number in range(2)]
+    optimizer = torch.optim.Adam(eyes.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        losses.append(lesson.loss(eyes, pictures))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(value.grad is not None for name, value in eyes.named_parameters() if "post_layernorm" not in name)
+    assert 0 <= lesson.said(eyes, pictures) <= 1
+
+
+def test_words_are_read_in_order_whatever_their_case() -> None:
+    assert words_read("Steps to bake. 1.", "It says: steps, to BAKE 1") == (4, 4)
+    assert words_read("one two three", "three two") == (1, 3)
+    assert words_read("don't", "dont") == (0, 1)
+
+
+def test_scene_questions_have_one_right_answer() -> None:
+    for number in range(20):
+        asked = scene_question(0, number)
+        assert asked.answers
+        assert not asked.answers & asked.others
+        assert asked.image.tobytes() == scene_question(0, number).image.tobytes()
+
+
+def test_the_template_shows_images_and_leaves_texts_as_they_were() -> None:
+    tokenizer = byte_tokenizer(320)
+    before = tokenizer.apply_chat_template([{"role": "user", "content": "so"}], tokenize=False)
+    template = template_with_images(tokenizer.chat_template, image_token(tokenizer))
+
+    def rendered(content: object) -> str:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+        )
+
+    assert rendered("so") == before
+    assert rendered([{"type": "text", "text": "so"}]) == before
+    assert rendered([{"type": "image"}, {"type": "text", "text": "so"}]).count("<image>") == 1
+
+
+def test_a_tenth_of_the_questions_is_held_out_with_all_answers(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"q{number}", "response": f"answer {number} {model}"} for number in range(20) for model in "ab"
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = read_texts([tmp_path / "rows.jsonl"])
+    assert (len(texts.train), len(texts.held_out)) == (36, 4)
+    assert not {text.rpartition(" ")[0] for text in texts.train} & {
+        text.rpartition(" ")[0] for text in texts.held_out
+    }
+    (tmp_path / "plain.txt").write_text("one text\n\nanother text\n")
+    assert len(sum(read_texts([tmp_path / "plain.txt"]), ())) == 2
+
+
+def test_what_cannot_be_used_is_refused_with_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"response": "fine"}\n{"other": 1}\n')
+    with pytest.raises(BadInput, match="line 2"):
+        read_texts([tmp_path / "bad.jsonl"])
+    with pytest.raises(DataMissing):
+        read_texts([tmp_path / "missing.txt"])
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    with pytest.raises(BadInput, match="no usable font"):
+        usable_fonts([tmp_path])
+    (tmp_path / "pictures.csv").write_text("picture,words\na.png,b\n")
+    with pytest.raises(BadInput, match="image and text"):
+        read_pictures(tmp_path / "pictures.csv")
+    with pytest.raises(BadInput, match="reading"):
+        Course(reading=0)
+    with pytest.raises(BadInput, match="lists"):
+        Course(lists=1.5)
+    with pytest.raises(BadInput, match="rate"):
+        Course(rate=-1.0)
+
+
+def test_the_command_says_what_is_missing_and_measures_only_what_sees(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    runner = CliRunner()
+    assert "--out" in str(runner.invoke(app, ["train", "eyes", str(checkpoint("llama-mha-tied"))]).exception)
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "white.png")
+    (tmp_path / "pictures.csv").write_text("image,text\nwhite.png,nothing here\n")
+    arguments = ["--evaluate", "--count", "0", "--pictures", str(tmp_path / "pictures.csv")]
+    blind = runner.invoke(app, ["train", "eyes", str(checkpoint("llama-mha-tied")), *arguments])
+    assert isinstance(blind.exception, ImagesNotSupported)
+    seeing = runner.invoke(app, ["train", "eyes", "tiny-llava", *arguments])
+    assert seeing.exit_code == 0
+    assert "of 2" in seeing.output

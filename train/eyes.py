@@ -1,0 +1,338 @@
+"""Trains eyes: a small vision tower and projector whose outputs a frozen language model reads almost as text.
+
+Two stages. First the language model is shown pages whose patches hold the embeddings of their words, and the vectors
+of empty patches are fitted until it reads across them. Then the tower learns, without the language model, to make
+those vectors from pixels: a patch where a token begins says its embedding, every other one its empty vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..engine.errors import BadInput
+from ..engine.models.bundles import smol_folder
+from ..engine.models.loader import BUNDLES
+from .eyes_model import (
+    PIXELS,
+    SIDE,
+    Eyes,
+    eyes_config,
+    image_token,
+    pixels_of,
+    save_eyes,
+    save_llava,
+    template_with_images,
+)
+from .eyes_targets import EMPTY, Wanted, wanted
+from .eyes_texts import Texts, words_of
+from .loop import SAVE_SECONDS, Progress, fingerprint, train
+from .outcome import Folder, device_and_versions
+from .pictures import Painter, Phrases, Picture, letter_font
+from .recipe import Recipe
+
+TRANSCRIBE = "Write down the text in the image, word for word."
+_OTHERS = 2048  # tokens of a step's choice besides those in its pictures
+_NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
+_BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
+_CHECKED = 64  # pictures that the card's figure is of
+
+
+@dataclass(frozen=True)
+class Course:
+    """How eyes are trained. reading: steps of the first stage; steps: of the second, of so many pictures (`batch`).
+    lists: the share of pictures in FigStep's style.
+
+    Raises `BadInput` for values out of range.
+    """
+
+    steps: int = 4500
+    batch: int = 8
+    rate: float = 1e-3
+    reading: int = 40
+    lists: float = 0.6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reading < 1:
+            raise BadInput(f"reading must be at least 1, not {self.reading}")
+        if not 0 <= self.lists <= 1:
+            raise BadInput(f"lists is a share, 0 to 1, not {self.lists}")
+        self.recipe  # noqa: B018  # checks the rest
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            rate=self.rate,
+            epochs=1,
+            batch=self.batch,
+            warmup=0.03,
+            weight_decay=0.01,
+            adapter="full",
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class EyesCard:
+    """said: share of tokens on `_CHECKED` new pictures whose patch says the right one of all; before: their loss."""
+
+    base: str
+    course: Course
+    parameters: int
+    fonts: tuple[str, ...]
+    list_font: str
+    texts: int
+    words: int
+    reading_loss: tuple[float, float]
+    losses: list[float]
+    said: float
+    versions: str
+
+    def to_markdown(self) -> str:
+        course, tenth = self.course, max(1, len(self.losses) // 10)
+        first, last = (sum(some) / tenth for some in (self.losses[:tenth], self.losses[-tenth:]))
+        return (
+            f"# Eyes for {self.base}\n\n"
+            f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
+            f"image is shrunk to {PIXELS} x {PIXELS} pixels and becomes {SIDE * SIDE} tokens. The language "
+            "model is as it was. The eyes read a few lines of large printed English and name simple colored shapes; "
+            "they see nothing else, and of a photograph they say words that mean nothing.\n\n"
+            f"Trained on {course.steps * course.batch:,} pictures, drawn for the purpose: {course.lists:.0%} lists "
+            f"in FigStep's style (font {self.list_font}), pages, banners and scenes of shapes, in the fonts "
+            f"{', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts and the {self.words:,} words "
+            "of the model's own vocabulary.\n\n"
+            f"First {course.reading} steps through the language model, for the vectors of empty patches (loss "
+            f"{self.reading_loss[0]:.2f} to {self.reading_loss[1]:.2f}), then {course.steps} steps without it, "
+            f"AdamW, rate {course.rate:g}, {course.batch} a step, seed {course.seed}: loss {first:.2f} to "
+            f"{last:.2f}, means of the first and last tenth. On {_CHECKED} new pictures with words of held-out texts "
+            f"{self.said:.1%} of the tokens have a patch that says the right one of the whole vocabulary.\n\n"
+            f"Made by `stockade train eyes` with {self.versions}.\n"
+        )
+
+
+def train_eyes(
+    base: str | Path,
+    out: Path,
+    *,
+    texts: Texts,
+    fonts: Sequence[Path],
+    course: Course | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+    save_seconds: float = SAVE_SECONDS,
+) -> EyesCard:
+    """Train eyes for a language model; write a LLaVA checkpoint of both, the eyes alone, and the card.
+
+    base: a checkpoint folder or a bundle. The same call goes on with an interrupted run.
+    Raises `BadInput`, `AnotherRun`, `Diverged`, `CacheWriteFailed`, or a `CheckpointError`.
+    """
+    course, device = course or Course(), device or torch.device("cpu")
+    folder = Folder.begin(out)
+    source = smol_folder() if str(base) in BUNDLES else Path(base)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    token = image_token(tokenizer)
+    tokenizer.chat_template = template_with_images(tokenizer.chat_template or "", token)
+    language: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True)
+    language = language.to(device).eval().requires_grad_(False)
+    painter = painter_of(tokenizer, texts, fonts, course.lists)
+    run = fingerprint(course, texts.digest, painter.phrases.words, [file.name for file in fonts])
+
+    reader = Reader(language, tokenizer, token)
+    vectors = reader.begin()
+    rehearsed = train(
+        [({"shared": vectors.shared}, 0.02), ({"each": vectors.each}, 0.005)],
+        [1] * (6 * course.reading),
+        lambda numbers: reader.loss(vectors(), [drawn(painter, course.seed, number) for number in numbers]),
+        Recipe(rate=0.02, epochs=1, batch=6, seed=course.seed, adapter="full"),
+        folder.work / "reading.pt",
+        run,
+        progress=_named("fitting empty patches", progress),
+        save_seconds=save_seconds,
+    )
+    config = eyes_config(language.config, tokenizer.convert_tokens_to_ids(token))
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)
+        eyes = Eyes(config).to(device)
+    lesson = Lesson(tokenizer, language.get_input_embeddings().weight, vectors().detach())
+    learned = train(
+        [(dict(eyes.named_parameters()), course.rate)],
+        [1] * (course.steps * course.batch),
+        lambda numbers: lesson.loss(eyes, [drawn(painter, course.seed, number) for number in numbers]),
+        course.recipe,
+        folder.state,
+        run,
+        progress=_named("learning to read", progress),
+        save_seconds=save_seconds,
+    )
+    held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
+    said = lesson.said(eyes, [drawn(held_out, course.seed, -number) for number in range(1, _CHECKED + 1)])
+    card = EyesCard(
+        base=str(base),
+        course=course,
+        parameters=sum(value.numel() for name, value in eyes.named_parameters() if not name.startswith("letters.")),
+        fonts=tuple(file.stem for file in fonts),
+        list_font=painter.list_font.stem,
+        texts=len(painter.phrases.texts),
+        words=len(painter.phrases.words),
+        reading_loss=(rehearsed.losses[0], rehearsed.losses[-1]),
+        losses=learned.losses,
+        said=said,
+        versions=device_and_versions(torch.bfloat16, device),
+    )
+    save_eyes(eyes, folder.new)
+    save_llava(source, tokenizer, config, eyes, folder.new)
+    folder.finish(card.to_markdown())
+    return card
+
+
+def painter_of(tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False) -> Painter:
+    """What draws pictures of the words to learn from, or of the held-out texts' alone (single words where there are
+    none)."""
+    words = words_of(tokenizer)
+    phrases = Phrases.of(texts.held_out, words, 0.0) if held_out else Phrases.of(texts.train, words)
+    return Painter(fonts, letter_font(fonts), phrases, PIXELS, lists)
+
+
+def drawn(painter: Painter, seed: int, number: int) -> Picture:
+    """The picture of that number, always the same."""
+    return painter.draw(random.Random(f"{seed} picture {number}"))
+
+
+class EmptyVectors(nn.Module):
+    """What patches say that hold no beginning of a token: one vector for all, and what each adds to it."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(start.float().clone())
+        self.each = nn.Parameter(torch.zeros(SIDE * SIDE, len(start), device=start.device))
+
+    def forward(self) -> Tensor:
+        """[patches, hidden], fp32."""
+        return self.shared + self.each
+
+
+class Reader:
+    """The frozen language model as it reads pages whose words are given to it as embeddings."""
+
+    def __init__(self, language: Any, tokenizer: Any, token: str) -> None:
+        self.language = language
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.embedding: Tensor = language.get_input_embeddings().weight
+        parts = [{"type": "image"}, {"type": "text", "text": TRANSCRIBE}]
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+        before, _, after = prompt.partition(token)
+        self.before, self.after = self._ids(before), self._ids(after)
+        self.end = [tokenizer.eos_token_id]
+
+    def begin(self) -> EmptyVectors:
+        """Empty patches that say a blank."""
+        return EmptyVectors(self.embedding[self._ids(" ")[0]])
+
+    def loss(self, empty: Tensor, pictures: Sequence[Picture]) -> Tensor:
+        """Mean loss a token of writing down what the pictures' patches say, if they say it rightly."""
+        rows, answers = [], []
+        for picture in pictures:
+            tokens = wanted(picture, self.tokenizer).tokens.to(empty.device)[:, None]
+            said = torch.where(tokens == EMPTY, empty, self.embedding[tokens[:, 0].clamp_min(0)].float())
+            answer = self._ids(picture.text) + self.end
+            parts = [self._embedded(self.before), said.to(self.embedding.dtype), self._embedded(self.after + answer)]
+            rows.append(torch.cat(parts))
+            answers.append(answer)
+        states = self.language.model(
+            inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False
+        ).last_hidden_state
+        before = [
+            state[len(row) - len(answer) - 1 : len(row) - 1]
+            for state, row, answer in zip(states, rows, answers, strict=True)
+        ]
+        logits = self.language.lm_head(torch.cat(before)).float()
+        return F.cross_entropy(logits, torch.tensor(list(itertools.chain(*answers)), device=logits.device))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
+        return self.embedding[torch.tensor(ids, device=self.embedding.device)]
+
+
+class Lesson:
+    """What eyes are asked. embedding: of the language model, [vocabulary, hidden]. empty: [patches, hidden]."""
+
+    def __init__(self, tokenizer: Any, embedding: Tensor, empty: Tensor) -> None:
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.embedding = embedding
+        self.empty = empty
+        added = set(tokenizer.added_tokens_decoder)
+        known = [id for id in range(min(len(tokenizer), len(embedding))) if id not in added]
+        self.vocabulary = torch.tensor(known, device=embedding.device)
+
+    def loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
+        """Of the token that each patch says, of its vector, and of its letters."""
+        tokens, letters = self._asked(pictures)
+        vectors, named = eyes.in_bf16(pixels_of([picture.image for picture in pictures]).to(self.empty.device))
+        spoken = tokens != EMPTY
+        # about as many empty patches as others, so that most of the work is about words
+        share = float(spoken.sum()) / max(1, int((~spoken).sum()))
+        chosen = spoken | (torch.rand(tokens.shape).to(tokens.device) < share)
+        image, patch = chosen.nonzero(as_tuple=True)
+        said, target = vectors[image, patch], tokens[image, patch]
+        others = torch.randint(len(self.vocabulary), (_OTHERS,)).to(tokens.device)
+        candidates, places = torch.unique(
+            torch.cat([target.clamp_min(0), self.vocabulary[others]]), return_inverse=True
+        )
+        scores = self._scores(said, self.empty[patch], self.embedding[candidates])
+        right = torch.where(target == EMPTY, 0, places[: len(target)] + 1)
+        exact = torch.where(
+            (target == EMPTY)[:, None], self.empty[patch], self.embedding[target.clamp_min(0)].float()
+        )
+        distance = (said.float() - exact).square().sum(-1).mean() / 2
+        spelled = F.cross_entropy(named.flatten(0, 2).float(), letters.flatten(), reduction="none")
+        weight = torch.where(letters.flatten() > 0, 1.0, _BLANK_PATCH)
+        return F.cross_entropy(scores, right) + _NEARNESS * distance + (spelled * weight).sum() / weight.sum()
+
+    @torch.no_grad()
+    def said(self, eyes: Eyes, pictures: Sequence[Picture]) -> float:
+        """The share of the pictures' tokens that their patches say, of the whole vocabulary and nothing."""
+        right, all = 0, 0
+        for first in range(0, len(pictures), 8):
+            some = pictures[first : first + 8]
+            tokens, _ = self._asked(some)
+            vectors, _ = eyes.in_bf16(pixels_of([picture.image for picture in some]).to(self.empty.device))
+            image, patch = (tokens != EMPTY).nonzero(as_tuple=True)
+            scores = self._scores(vectors[image, patch], self.empty[patch], self.embedding[self.vocabulary])
+            found = scores.argmax(-1)
+            meant = torch.where(found == 0, EMPTY, self.vocabulary[(found - 1).clamp_min(0)])
+            right += int((meant == tokens[image, patch]).sum())
+            all += len(image)
+        return right / max(1, all)
+
+    def _asked(self, pictures: Sequence[Picture]) -> Wanted:
+        """Of all pictures, [images, patches] and [images, patches, LETTERS]."""
+        asked = [wanted(picture, self.tokenizer) for picture in pictures]
+        tokens = torch.stack([item.tokens for item in asked]).to(self.empty.device)
+        return Wanted(tokens, torch.stack([item.letters for item in asked]).to(self.empty.device))
+
+    def _scores(self, said: Tensor, empty: Tensor, known: Tensor) -> Tensor:
+        """Which vector was meant: log-probabilities but for a constant, [patches, 1 + known], the empty one first.
+
+        Of normal distributions with variance 1 around the vectors, one of which made what is said.
+        """
+        nothing = (said.float() * empty).sum(-1, keepdim=True) - empty.square().sum(-1, keepdim=True) / 2
+        return torch.cat([nothing, (said @ known.t()).float() - known.float().square().sum(-1) / 2], dim=1)
+
+
+def _named(what: str, progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda _, done, of: progress(what, done, of)

@@ -1,0 +1,320 @@
+"""Pictures to learn reading from: lines of text and simple scenes, drawn at random, and where everything stands.
+
+What a model should say about a picture, token by token, is not decided here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from ..engine.errors import BadInput, MissingExtra
+
+Style = Literal["list", "page", "banner", "scene"]
+# How often pictures have each style besides lists, of a hundred.
+OTHERS: dict[Style, int] = {"page": 50, "banner": 20, "scene": 30}
+OPENINGS = ("Methods to", "Steps to", "List of")  # of FigStep's lists
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (44, 150, 60),
+    "blue": (40, 80, 200),
+    "yellow": (240, 200, 30),
+    "orange": (245, 130, 20),
+    "purple": (130, 60, 170),
+    "black": (20, 20, 20),
+    "pink": (250, 140, 190),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+NUMBERS = ("one", "two", "three", "four")
+_WORD = re.compile(r"""[("']?(?:[A-Za-z]+(?:['-][A-Za-z]+)*|\d{1,4})[.,;:!?)"']{0,2}""")
+_MOST_LINES = 10
+
+
+class Line(NamedTuple):
+    """One line of text in a picture. y: of its middle; xs: of each character's middle; as shares of the picture."""
+
+    text: str
+    y: float
+    xs: tuple[float, ...]
+
+
+class Picture(NamedTuple):
+    """caption: what a scene shows, empty for text."""
+
+    image: Image.Image
+    style: Style
+    lines: tuple[Line, ...] = ()
+    caption: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.caption or " ".join(line.text for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Where words come from: running texts, and single words, the most usual first, strung together at random."""
+
+    texts: tuple[tuple[str, ...], ...]
+    words: tuple[str, ...]
+    strung: float  # share of phrases made of single words
+
+    @classmethod
+    def of(cls, texts: Iterable[str], words: Iterable[str], strung: float = 0.3) -> Phrases:
+        """Keeps words and short numbers with the marks around them. Raises `BadInput` where there is no word."""
+        split = (tuple(word for word in text.split() if _WORD.fullmatch(word)) for text in texts)
+        kept = tuple(text for text in split if len(text) >= 3)
+        single = tuple(word for word in words if _WORD.fullmatch(word))
+        if not single:
+            raise BadInput("the vocabulary has no word of plain letters to draw")
+        return cls(kept, single, strung)
+
+    def some(self, rng: random.Random, count: int) -> list[str]:
+        """So many words, fewer where a text ends."""
+        if not self.texts or rng.random() < self.strung:
+            words = [self.words[int(len(self.words) * rng.random() ** 3)] for _ in range(count)]
+            return [word.capitalize() if rng.random() < 0.15 else word for word in words]
+        text = rng.choice(self.texts)
+        first = rng.randrange(max(1, len(text) - count + 1))
+        return list(text[first : first + count])
+
+
+class Face:
+    """A font in one size. Characters stand beside each other without kerning, so their widths are measured once."""
+
+    def __init__(self, file: Path, size: int) -> None:
+        self.font = ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
+        # of a capital letter, by which Pillow spaces the lines of a text, and of a small one
+        self.capital_below = self.font.getbbox("A")[3]
+        _, self.above, _, self.below = self.font.getbbox("x")
+        self._widths: dict[str, float] = {}
+
+    def ends(self, text: str) -> list[float]:
+        """Where each character ends, from the beginning of the text in pixels."""
+        for mark in set(text) - self._widths.keys():
+            self._widths[mark] = self.font.getlength(mark)
+        return list(itertools.accumulate(self._widths[mark] for mark in text))
+
+
+class Painter:
+    """Draws pictures, and shrinks them to squares of so many `pixels` a side, as a tower sees them.
+
+    fonts: of any text; list_font: of lists in FigStep's style; lists: their share of all pictures.
+    """
+
+    def __init__(self, fonts: Sequence[Path], list_font: Path, phrases: Phrases, pixels: int, lists: float) -> None:
+        self.fonts = tuple(fonts)
+        self.list_font = list_font
+        self.phrases = phrases
+        self.pixels = pixels
+        self.lists = lists
+        self._faces: dict[tuple[Path, int], Face] = {}
+
+    def draw(self, rng: random.Random, style: Style | None = None) -> Picture:
+        """One picture, of the given style if there is one."""
+        if style is None:
+            style = "list" if rng.random() < self.lists else rng.choices(list(OTHERS), list(OTHERS.values()))[0]
+        if style == "scene":
+            return scene(rng)
+        picture = {"list": self._list, "page": self._page, "banner": self._banner}[style](rng)
+        small = picture.image.resize((self.pixels, self.pixels), Image.Resampling.BICUBIC)
+        return picture._replace(image=_worn(small, rng, 0.15 if style == "list" else 0.5))
+
+    def _face(self, file: Path, size: int) -> Face:
+        if (file, size) not in self._faces:
+            self._faces[file, size] = Face(file, size)
+        return self._faces[file, size]
+
+    def _list(self, rng: random.Random) -> Picture:
+        """FigStep's: 760 x 760, 80 pixels, wrapped at 15 characters, three empty items; most half as large."""
+        opening = [rng.choice(OPENINGS)] if rng.random() < 0.7 else []
+        items = ["1.", "2.", "3."] if rng.random() < 0.4 else []
+        most = 9 if items else 26
+        phrase = " ".join([*opening, *self.phrases.some(rng, rng.randint(2, most) if rng.random() < 0.4 else most)])
+        lines = textwrap.wrap(phrase.rstrip(".") + ".", 15)[: _MOST_LINES - len(items)] + items
+        file = self.list_font if rng.random() < 0.9 else rng.choice(self.fonts)
+        part = 1 if rng.random() < 0.3 else 2
+        size = 80 if file == self.list_font and rng.random() < 0.9 else rng.randint(66, 80)
+        left, top = (20, 10) if rng.random() < 0.8 else (rng.randint(5, 40), rng.randint(2, 30))
+        page = (760 // part, 760 // part)
+        return self._text(lines, file, size // part, page, left // part, top // part, 11 // part, "list")
+
+    def _page(self, rng: random.Random) -> Picture:
+        """Any font and place, one to ten lines on a square or nearly square page."""
+        width = rng.randint(250, 340)
+        height = round(width * rng.uniform(0.8, 1.25))
+        size = rng.randint(18, 31)
+        characters = max(6, int(width * 0.92 / (size * 0.55)))
+        most = max(1, min(_MOST_LINES, int(height * 0.95 / max(size * 1.2, height / _MOST_LINES))))
+        fitting = max(2, most * characters // 5)
+        words = self.phrases.some(rng, rng.randint(1, fitting) if rng.random() < 0.3 else fitting)
+        return self._text(
+            textwrap.wrap(" ".join(words), characters)[:most],
+            rng.choice(self.fonts),
+            size,
+            (width, height),
+            rng.randint(2, 24),
+            rng.randint(1, 24),
+            rng.randint(1, 10),
+            "page",
+            centered=rng.random() < 0.3,
+            upper=rng.random() < 0.05,
+        )
+
+    def _banner(self, rng: random.Random) -> Picture:
+        """MM-SafetyBench's: a key phrase of one to three lines, black on white, wider than high."""
+        width, size = 400, rng.randint(28, 46)
+        characters = max(6, int(width * 0.92 / (size * 0.55)))
+        lines = textwrap.wrap(" ".join(self.phrases.some(rng, rng.randint(1, 6))), characters)[:3]
+        height = round(len(lines) * size * rng.uniform(1.2, 1.5) + rng.randint(8, 50))
+        return self._text(
+            lines,
+            rng.choice(self.fonts),
+            size,
+            (width, height),
+            8,
+            rng.randint(0, 10),
+            rng.randint(3, 10),
+            "banner",
+            centered=rng.random() < 0.5,
+        )
+
+    def _text(
+        self,
+        lines: Sequence[str],
+        file: Path,
+        size: int,
+        page: tuple[int, int],
+        left: int,
+        top: int,
+        gap: int,
+        style: Style,
+        centered: bool = False,
+        upper: bool = False,
+    ) -> Picture:
+        """Lines that do not fit are left out; so are words beyond the right edge."""
+        width, height = page
+        image = Image.new("L", page, 255)
+        draw = ImageDraw.Draw(image)
+        face = self._face(file, size)
+        pitch = face.capital_below + gap
+        if style != "list":  # no two lines may stand in one row of a tower's patches
+            pitch = max(pitch, height / _MOST_LINES * 1.02)
+        drawn = []
+        for number, line in enumerate(lines):
+            text = line.upper() if upper else line
+            ends = face.ends(text)
+            while text and ends[len(text) - 1] > width - left - 2:
+                text = text.rpartition(" ")[0]
+            y = top + number * pitch
+            if not text or y + face.below > height:
+                break
+            ends = ends[: len(text)]
+            x = (width - ends[-1]) / 2 if centered else left
+            draw.text((x, y), text, font=face.font, fill=0)
+            middles = tuple((x + (begin + end) / 2) / width for begin, end in zip([0, *ends], ends, strict=False))
+            drawn.append(Line(text, (y + (face.above + face.below) / 2) / height, middles))
+        return Picture(image, style, tuple(drawn))
+
+
+def scene(rng: random.Random) -> Picture:
+    """One to three groups of equal shapes on a light ground, and a sentence that names and counts them."""
+    image = Image.new("RGB", (240, 240), tuple(rng.randint(225, 255) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    kinds = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], rng.randint(1, 3))
+    groups = [(rng.randint(1, 4), color, shape) for color, shape in kinds]
+    cells = rng.sample(range(16), sum(count for count, _, _ in groups))
+    for count, color, shape in groups:
+        for _ in range(count):
+            row, column = divmod(cells.pop(), 4)
+            radius = rng.uniform(15, 25)
+            x = column * 60 + 30 + rng.uniform(-1, 1) * (29 - radius)
+            y = row * 60 + 30 + rng.uniform(-1, 1) * (29 - radius)
+            _shape(draw, shape, x, y, radius, COLORS[color])
+    order = sorted(groups, key=lambda group: (list(COLORS).index(group[1]), SHAPES.index(group[2])))
+    named = [f"{NUMBERS[count - 1]} {color} {shape}{'s' if count > 1 else ''}" for count, color, shape in order]
+    return Picture(image, "scene", caption=f"a drawing of {' and '.join(named)}")
+
+
+def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, color: tuple[int, int, int]) -> None:
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
+    elif shape == "square":
+        draw.rectangle((x - r * 0.88, y - r * 0.88, x + r * 0.88, y + r * 0.88), fill=color)
+    else:
+        points = 3 if shape == "triangle" else 10
+        radii = [r if points == 3 or point % 2 == 0 else r * 0.42 for point in range(points)]
+        angles = [2 * np.pi * point / points - np.pi / 2 for point in range(points)]
+        draw.polygon([(x + a * np.cos(t), y + a * np.sin(t)) for a, t in zip(radii, angles, strict=True)], fill=color)
+
+
+def _worn(image: Image.Image, rng: random.Random, share: float) -> Image.Image:
+    """A share of text pictures gets other colors, blur or noise; the rest stays black on white."""
+    if rng.random() >= share:
+        return image
+    if rng.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
+    grey = np.asarray(image, dtype=np.float32)[..., None] / 255  # [height, width, 1]
+    dark = np.array([rng.randint(0, 90) for _ in range(3)], dtype=np.float32)
+    light = np.array([rng.randint(190, 255) for _ in range(3)], dtype=np.float32)
+    if rng.random() < 0.2:
+        dark, light = light, dark
+    pixels = dark + (light - dark) * grey
+    if rng.random() < 0.4:
+        noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(pixels.shape[:2], dtype=np.float32)
+        pixels = pixels + noise[..., None] * rng.uniform(3, 18)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
+
+
+def usable_fonts(folders: Iterable[Path]) -> tuple[Path, ...]:
+    """Every font file below the folders that has plain letters, by name.
+
+    Raises `BadInput` where there is none.
+    """
+    files = sorted(
+        {file for folder in folders for file in Path(folder).rglob("*") if file.suffix.lower() in (".ttf", ".otf")}
+    )
+    found = tuple(file for file in files if _draws_letters(file))
+    if not found:
+        raise BadInput("no usable font; --fonts takes folders with .ttf or .otf files of Latin letters")
+    return found
+
+
+def default_fonts() -> tuple[Path, ...]:
+    """DejaVu's, which come with matplotlib. Raises `MissingExtra` without it."""
+    found = importlib.util.find_spec("matplotlib")
+    for place in (found.submodule_search_locations or ()) if found else ():
+        files = sorted((Path(place) / "mpl-data" / "fonts" / "ttf").glob("DejaVu*.ttf"))
+        fonts = tuple(file for file in files if "Display" not in file.name)
+        if fonts:
+            return fonts
+    raise MissingExtra("without --fonts the fonts of matplotlib are used: pip install 'stockade[demo]'")
+
+
+def letter_font(fonts: Sequence[Path]) -> Path:
+    """FigStep's FreeMonoBold if it is there, else a font whose letters are equally wide, bold if there is one."""
+
+    def merit(file: Path) -> tuple[bool, bool, bool]:
+        face = ImageFont.truetype(str(file), 24)
+        return file.stem == "FreeMonoBold", face.getlength("i") == face.getlength("W"), "Bold" in file.stem
+
+    return max(fonts, key=merit)
+
+
+def _draws_letters(file: Path) -> bool:
+    try:
+        face = ImageFont.truetype(str(file), 24)
+        missing = bytes(face.getmask("\uffff"))
+        return all(bytes(face.getmask(mark)) != missing for mark in "aegQWxyz059.,'-")
+    except (OSError, ValueError):
+        return False
