@@ -1,16 +1,18 @@
 """Trains eyes: a small vision tower and projector whose outputs a frozen language model reads almost as text.
 
-Two stages. First the language model is shown pages whose patches hold the embeddings of their words, and the vectors
-of empty patches are fitted until it reads across them. Then the tower learns, without the language model, to make
-those vectors from pixels: a patch where a token begins says its embedding, every other one its empty vector.
+Four stages. First the language model is shown pages whose patches hold the embeddings of their words, and the
+vectors of empty patches are fitted until it reads across them. Then, without the language model, the tower's lower
+layers learn to name letters, its upper layers and the projector to make those vectors from them (a patch where a
+token begins says its embedding, every other one its empty vector), and last all of it together.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..engine.errors import BadInput
 from ..engine.models.bundles import smol_folder
+from ..engine.models.checkpoint import open_checkpoint
+from ..engine.models.eyes import template_with_images
 from ..engine.models.loader import BUNDLES
 from .eyes_model import (
-    PIXELS,
+    SHRUNK,
     SIDE,
     Eyes,
     eyes_config,
@@ -31,7 +35,6 @@ from .eyes_model import (
     pixels_of,
     save_eyes,
     save_llava,
-    template_with_images,
 )
 from .eyes_targets import EMPTY, Wanted, wanted
 from .eyes_texts import Texts, words_of
@@ -49,22 +52,26 @@ _CHECKED = 64  # pictures that the card's figure is of
 
 @dataclass(frozen=True)
 class Course:
-    """How eyes are trained. reading: steps of the first stage; steps: of the second, of so many pictures (`batch`).
+    """How eyes are trained. reading, letters, words, steps: of the four stages, the last three of so many pictures
+    (`batch`).
     lists: the share of pictures in FigStep's style.
 
     Raises `BadInput` for values out of range.
     """
 
-    steps: int = 4500
+    steps: int = 3000
     batch: int = 8
     rate: float = 1e-3
     reading: int = 40
+    letters: int = 700
+    words: int = 1500
     lists: float = 0.6
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reading < 1:
-            raise BadInput(f"reading must be at least 1, not {self.reading}")
+        for name in ("reading", "letters", "words", "steps"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lists <= 1:
             raise BadInput(f"lists is a share, 0 to 1, not {self.lists}")
         self.recipe  # noqa: B018  # checks the rest
@@ -93,28 +100,39 @@ class EyesCard:
     list_font: str
     texts: int
     words: int
-    reading_loss: tuple[float, float]
-    losses: list[float]
+    losses: tuple[list[float], ...]
     said: float
     versions: str
 
     def to_markdown(self) -> str:
-        course, tenth = self.course, max(1, len(self.losses) // 10)
-        first, last = (sum(some) / tenth for some in (self.losses[:tenth], self.losses[-tenth:]))
+        course = self.course
+        done = [
+            f"{steps} {what} (loss {_mean(losses[: len(losses) // 10 + 1]):.2f} to "
+            f"{_mean(losses[-(len(losses) // 10 + 1) :]):.2f})"
+            for steps, what, losses in zip(
+                (course.reading, course.letters, course.words, course.steps),
+                (
+                    "through the language model, for the vectors of empty patches",
+                    "of the lower layers for letters",
+                    "of the upper layers for words",
+                    "of all",
+                ),
+                self.losses,
+                strict=True,
+            )
+        ]
         return (
             f"# Eyes for {self.base}\n\n"
             f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
-            f"image is shrunk to {PIXELS} x {PIXELS} pixels and becomes {SIDE * SIDE} tokens. The language "
-            "model is as it was. The eyes read a few lines of large printed English and name simple colored shapes; "
-            "they see nothing else, and of a photograph they say words that mean nothing.\n\n"
-            f"Trained on {course.steps * course.batch:,} pictures, drawn for the purpose: {course.lists:.0%} lists "
-            f"in FigStep's style (font {self.list_font}), pages, banners and scenes of shapes, in the fonts "
-            f"{', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts and the {self.words:,} words "
-            "of the model's own vocabulary.\n\n"
-            f"First {course.reading} steps through the language model, for the vectors of empty patches (loss "
-            f"{self.reading_loss[0]:.2f} to {self.reading_loss[1]:.2f}), then {course.steps} steps without it, "
-            f"AdamW, rate {course.rate:g}, {course.batch} a step, seed {course.seed}: loss {first:.2f} to "
-            f"{last:.2f}, means of the first and last tenth. On {_CHECKED} new pictures with words of held-out texts "
+            f"image is shrunk to {SHRUNK} x {SHRUNK} pixels, loses its margin and becomes {SIDE * SIDE} tokens. The "
+            "language model is as it was. The eyes read a few lines of large printed English and name simple "
+            "colored shapes; they see nothing else, and of a photograph they say words that mean nothing.\n\n"
+            f"Trained on {sum(map(len, self.losses[1:])) * course.batch:,} pictures, drawn for the purpose: "
+            f"{course.lists:.0%} lists in FigStep's style (font {self.list_font}), pages, banners and scenes of "
+            f"shapes, in the fonts {', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts and the "
+            f"{self.words:,} words of the model's own vocabulary.\n\n"
+            f"Steps: {'; '.join(done)}; means of the first and last tenth. AdamW, rate {course.rate:g}, "
+            f"{course.batch} pictures a step, seed {course.seed}. On {_CHECKED} new pictures of held-out words "
             f"{self.said:.1%} of the tokens have a patch that says the right one of the whole vocabulary.\n\n"
             f"Made by `stockade train eyes` with {self.versions}.\n"
         )
@@ -145,37 +163,51 @@ def train_eyes(
     language: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True)
     language = language.to(device).eval().requires_grad_(False)
     painter = painter_of(tokenizer, texts, fonts, course.lists)
-    run = fingerprint(course, texts.digest, painter.phrases.words, [file.name for file in fonts])
+    content = open_checkpoint(source).content_hash()
+    run = fingerprint(content, course, texts.digest, painter.phrases.words, [file.name for file in fonts])
+
+    def stage(
+        what: str, parameters: Mapping[str, nn.Parameter], steps: int, loss: Callable[[list[Picture]], Tensor]
+    ) -> list[float]:
+        trained = train(
+            [(parameters, course.rate)],
+            [1] * (steps * course.batch),
+            lambda numbers: loss([drawn(painter, f"{course.seed} {what}", number) for number in numbers]),
+            course.recipe,
+            folder.work / f"{what}.pt",
+            run,
+            progress=None if progress is None else lambda _, done, of: progress(f"learning {what}", done, of),
+            save_seconds=save_seconds,
+        )
+        return trained.losses
 
     reader = Reader(language, tokenizer, token)
     vectors = reader.begin()
     rehearsed = train(
         [({"shared": vectors.shared}, 0.02), ({"each": vectors.each}, 0.005)],
         [1] * (6 * course.reading),
-        lambda numbers: reader.loss(vectors(), [drawn(painter, course.seed, number) for number in numbers]),
+        lambda numbers: reader.loss(vectors(), [drawn(painter, str(course.seed), number) for number in numbers]),
         Recipe(rate=0.02, epochs=1, batch=6, seed=course.seed, adapter="full"),
         folder.work / "reading.pt",
         run,
-        progress=_named("fitting empty patches", progress),
+        progress=None if progress is None else lambda _, done, of: progress("fitting empty patches", done, of),
         save_seconds=save_seconds,
-    )
+    ).losses
     config = eyes_config(language.config, tokenizer.convert_tokens_to_ids(token))
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         eyes = Eyes(config).to(device)
     lesson = Lesson(tokenizer, language.get_input_embeddings().weight, vectors().detach())
-    learned = train(
-        [(dict(eyes.named_parameters()), course.rate)],
-        [1] * (course.steps * course.batch),
-        lambda numbers: lesson.loss(eyes, [drawn(painter, course.seed, number) for number in numbers]),
-        course.recipe,
-        folder.state,
-        run,
-        progress=_named("learning to read", progress),
-        save_seconds=save_seconds,
-    )
+    lower = eyes.lower()
+    spelled = stage("letters", lower, course.letters, partial(lesson.letters_loss, eyes))
+    for parameter in lower.values():
+        parameter.requires_grad_(False)  # their gradients are most of a step's work
+    upper = {name: parameter for name, parameter in eyes.named_parameters() if name not in lower}
+    worded = stage("words", upper, course.words, partial(lesson.loss, eyes))
+    eyes.requires_grad_(True)
+    learned = stage("to read", dict(eyes.named_parameters()), course.steps, partial(lesson.loss, eyes))
     held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
-    said = lesson.said(eyes, [drawn(held_out, course.seed, -number) for number in range(1, _CHECKED + 1)])
+    said = lesson.said(eyes, [drawn(held_out, f"{course.seed} held out", number) for number in range(_CHECKED)])
     card = EyesCard(
         base=str(base),
         course=course,
@@ -184,12 +216,11 @@ def train_eyes(
         list_font=painter.list_font.stem,
         texts=len(painter.phrases.texts),
         words=len(painter.phrases.words),
-        reading_loss=(rehearsed.losses[0], rehearsed.losses[-1]),
-        losses=learned.losses,
+        losses=(rehearsed, spelled, worded, learned),
         said=said,
         versions=device_and_versions(torch.bfloat16, device),
     )
-    save_eyes(eyes, folder.new)
+    save_eyes(eyes, config, folder.new)
     save_llava(source, tokenizer, config, eyes, folder.new)
     folder.finish(card.to_markdown())
     return card
@@ -200,10 +231,10 @@ def painter_of(tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float
     none)."""
     words = words_of(tokenizer)
     phrases = Phrases.of(texts.held_out, words, 0.0) if held_out else Phrases.of(texts.train, words)
-    return Painter(fonts, letter_font(fonts), phrases, PIXELS, lists)
+    return Painter(fonts, letter_font(fonts), phrases, SHRUNK, lists)
 
 
-def drawn(painter: Painter, seed: int, number: int) -> Picture:
+def drawn(painter: Painter, seed: str, number: int) -> Picture:
     """The picture of that number, always the same."""
     return painter.draw(random.Random(f"{seed} picture {number}"))
 
@@ -279,6 +310,11 @@ class Lesson:
         known = [id for id in range(min(len(tokenizer), len(embedding))) if id not in added]
         self.vocabulary = torch.tensor(known, device=embedding.device)
 
+    def letters_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
+        """Of the letters alone."""
+        pixels = pixels_of([picture.image for picture in pictures]).to(self.empty.device)
+        return _spelling(eyes.in_bf16(pixels, only_letters=True)[1], self._asked(pictures).letters)
+
     def loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the token that each patch says, of its vector, and of its letters."""
         tokens, letters = self._asked(pictures)
@@ -299,9 +335,7 @@ class Lesson:
             (target == EMPTY)[:, None], self.empty[patch], self.embedding[target.clamp_min(0)].float()
         )
         distance = (said.float() - exact).square().sum(-1).mean() / 2
-        spelled = F.cross_entropy(named.flatten(0, 2).float(), letters.flatten(), reduction="none")
-        weight = torch.where(letters.flatten() > 0, 1.0, _BLANK_PATCH)
-        return F.cross_entropy(scores, right) + _NEARNESS * distance + (spelled * weight).sum() / weight.sum()
+        return F.cross_entropy(scores, right) + _NEARNESS * distance + _spelling(named, letters)
 
     @torch.no_grad()
     def said(self, eyes: Eyes, pictures: Sequence[Picture]) -> float:
@@ -334,5 +368,12 @@ class Lesson:
         return torch.cat([nothing, (said @ known.t()).float() - known.float().square().sum(-1) / 2], dim=1)
 
 
-def _named(what: str, progress: Progress | None) -> Progress | None:
-    return None if progress is None else lambda _, done, of: progress(what, done, of)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spelling(named: Tensor, letters: Tensor) -> Tensor:
+    """named: [images, patches, LETTERS, 95]. letters: [images, patches, LETTERS]."""
+    loss = F.cross_entropy(named.flatten(0, 2).float(), letters.flatten(), reduction="none")
+    weight = torch.where(letters.flatten() > 0, 1.0, _BLANK_PATCH)
+    return (loss * weight).sum() / weight.sum()

@@ -28,13 +28,27 @@ from ..engine.models.names import canonical_name
 
 SIDE = 10  # patches in a row, and rows of patches
 PIXELS = 240
+# Images are shrunk to this, and the margin is cut off: 15 letters of FigStep's lists then stand in 10 patches, in two
+# ways in a patch and not in ten.
+SHRUNK = 253
+MARGIN = 6
 LETTERS = 3  # a patch is asked for so many of the characters whose middle is in it
 FIRST_LETTER = 32  # " " stands for none
 LETTER_COUNT = 95
 EYES_FILE = "eyes.safetensors"
+# What a file of eyes says of their configuration
+_TOWER = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "vision_use_head",
+)
+_CONFIG = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
 _LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are read
-# What stands around an image in a prompt: the language model has never seen one, but it knows quoted text.
-_BEFORE, _AFTER = 'Here is the text in the image:\n"', '"\n'
 
 
 def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
@@ -92,24 +106,64 @@ class Eyes(nn.Module):
         self.multi_modal_projector = model.multi_modal_projector
         self.letters = nn.Linear(config.vision_config.hidden_size, LETTERS * LETTER_COUNT)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """[images, 3, height, width] -> vectors [images, patches, hidden], letters [images, patches, LETTERS, 95]."""
-        states = self.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        letters = self.letters(states[_LETTERS_AFTER])
-        return self.multi_modal_projector(states[-1]), letters.unflatten(-1, (LETTERS, LETTER_COUNT))
+    def forward(self, pixels: Tensor, only_letters: bool = False) -> tuple[Tensor, Tensor]:
+        """[images, 3, height, width] -> vectors [images, patches, hidden], letters [images, patches, LETTERS, 95].
 
-    def in_bf16(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        only_letters: the layers above them are not run, and the tower's states come in place of the vectors.
+        """
+        if only_letters:
+            state = self.vision_tower.embeddings(pixels)
+            for layer in self._lower_layers():
+                state = layer(state, None)
+            return state, self._letters(state)
+        states = self.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        return self.multi_modal_projector(states[-1]), self._letters(states[_LETTERS_AFTER])
+
+    def in_bf16(self, pixels: Tensor, only_letters: bool = False) -> tuple[Tensor, Tensor]:
         """`forward` in bf16, whose gradients reach the fp32 parameters."""
         parameters = {name: value.bfloat16() for name, value in self.named_parameters()}
-        found: tuple[Tensor, Tensor] = torch.func.functional_call(self, parameters, (pixels.bfloat16(),))
+        arguments = (pixels.bfloat16(), only_letters)
+        found: tuple[Tensor, Tensor] = torch.func.functional_call(self, parameters, arguments)
         return found
+
+    def lower(self) -> dict[str, nn.Parameter]:
+        """The parameters that the letters depend on."""
+        parts = (self.vision_tower.embeddings, *self._lower_layers(), self.letters)
+        chosen = {id(value) for part in parts for value in part.parameters()}
+        return {name: value for name, value in self.named_parameters() if id(value) in chosen}
+
+    def _lower_layers(self) -> Any:
+        return self.vision_tower.encoder.layers[:_LETTERS_AFTER]
+
+    def _letters(self, states: Tensor) -> Tensor:
+        found: Tensor = self.letters(states)
+        return found.unflatten(-1, (LETTERS, LETTER_COUNT))
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
-    """As SigLIP's image processor makes them: [images, 3, PIXELS, PIXELS] in -1 .. 1."""
-    shrunk = [image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC) for image in images]
+    """As the checkpoint's image processor makes them: [images, 3, PIXELS, PIXELS] in -1 .. 1."""
+    box = (MARGIN, MARGIN, MARGIN + PIXELS, MARGIN + PIXELS)
+    shrunk = [image.convert("RGB").resize((SHRUNK, SHRUNK), Image.Resampling.BICUBIC).crop(box) for image in images]
     values = torch.from_numpy(np.stack([np.asarray(image) for image in shrunk])).permute(0, 3, 1, 2)
     return values.float() / 127.5 - 1
+
+
+def patch_at(share: float) -> int:
+    """In which row or column of patches a place of an image is, given as a share of its height or width."""
+    return min(SIDE - 1, max(0, int((share * SHRUNK - MARGIN) * SIDE / PIXELS)))
+
+
+def image_processor() -> Any:
+    """What `pixels_of` does, as an image processor of `transformers`."""
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"height": SHRUNK, "width": SHRUNK},
+        crop_size={"height": PIXELS, "width": PIXELS},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
 
 
 def image_token(tokenizer: Any) -> str:
@@ -129,36 +183,24 @@ def image_token(tokenizer: Any) -> str:
     return "<image>" if "<image>" in free else free[-1]
 
 
-def template_with_images(template: str, token: str) -> str:
-    """A chat template of texts, made to take lists of parts, too: an image is `token` in a few words."""
-    shown = json.dumps(f"{_BEFORE}{token}{_AFTER}")
-    return (
-        "{%- set whole = namespace(messages=[], text='') -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['content'] is string -%}{%- set whole.text = message['content'] -%}"
-        "{%- else -%}{%- set whole.text = '' -%}{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{%- set whole.text = whole.text + " + shown + " -%}"
-        "{%- else -%}{%- set whole.text = whole.text + part['text'] -%}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- set whole.messages = whole.messages + [{'role': message['role'], 'content': whole.text}] -%}"
-        "{%- endfor -%}{%- set messages = whole.messages -%}"
-    ) + template
-
-
-def save_eyes(eyes: Eyes, folder: Path) -> None:
-    """Tower and projector alone in bf16, `EYES_FILE`, by the names that the engine gives them."""
+def save_eyes(eyes: Eyes, config: LlavaConfig, folder: Path) -> None:
+    """Tower and projector alone in bf16, `EYES_FILE`, as the engine's `read_eyes` takes them."""
     tensors = {
         str(canonical_name(name)): value.detach().to("cpu", torch.bfloat16).contiguous()
         for name, value in eyes.state_dict().items()
         if not name.startswith("letters.")
     }
-    save_file(tensors, folder / EYES_FILE, {"format": "pt"})
+    vision = config.vision_config
+    own = {
+        "vision_config": {name: getattr(vision, name) for name in ("model_type", *_TOWER)},
+        **{name: getattr(config, name) for name in _CONFIG},
+    }
+    metadata = {"format": "pt", "config": json.dumps(own), "processor": image_processor().to_json_string()}
+    save_file(tensors, folder / EYES_FILE, metadata)
 
 
 def save_llava(language: str | Path, tokenizer: Any, config: LlavaConfig, eyes: Eyes, folder: Path) -> None:
     """A whole LLaVA checkpoint in bf16: the language model with these eyes, tokenizer, template and processor."""
-    from transformers import SiglipImageProcessorPil
-
     known = AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16, local_files_only=True)
     with torch.random.fork_rng():
         whole: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
@@ -169,7 +211,7 @@ def save_llava(language: str | Path, tokenizer: Any, config: LlavaConfig, eyes: 
     whole.tie_weights()
     whole.generation_config = known.generation_config
     whole.save_pretrained(folder)
-    images = SiglipImageProcessorPil(size={"height": PIXELS, "width": PIXELS}, resample=Image.Resampling.BICUBIC)
+    images = image_processor()
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)

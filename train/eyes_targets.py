@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .eyes_model import FIRST_LETTER, LETTERS, SIDE
+from .eyes_model import FIRST_LETTER, LETTERS, SIDE, patch_at
 from .pictures import Line, Picture
 
 EMPTY = -1
@@ -34,11 +34,11 @@ def wanted(picture: Picture, tokenizer: Any) -> Wanted:
         tokens[: len(ids)] = ids
     used: set[int] = set()
     for line in picture.lines:
-        row = min(SIDE - 1, int(line.y * SIDE))
+        row = patch_at(line.y)
         if row in used:
             continue
         used.add(row)
-        columns = [min(SIDE - 1, max(0, int(x * SIDE))) for x in line.xs]
+        columns = [patch_at(x) for x in line.xs]
         ids, starts = _tokens(line, tokenizer)
         for place, token in zip(_spread([columns[start] for start in starts]), ids, strict=False):
             tokens[row * SIDE + place] = token

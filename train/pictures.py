@@ -145,7 +145,7 @@ class Painter:
         file = self.list_font if rng.random() < 0.9 else rng.choice(self.fonts)
         part = 1 if rng.random() < 0.3 else 2
         size = 80 if file == self.list_font and rng.random() < 0.9 else rng.randint(66, 80)
-        left, top = (20, 10) if rng.random() < 0.8 else (rng.randint(5, 40), rng.randint(2, 30))
+        left, top = (20, 10) if rng.random() < 0.88 else (rng.randint(5, 40), rng.randint(2, 30))
         page = (760 // part, 760 // part)
         return self._text(lines, file, size // part, page, left // part, top // part, 11 // part, "list")
 
@@ -163,8 +163,8 @@ class Painter:
             rng.choice(self.fonts),
             size,
             (width, height),
-            rng.randint(2, 24),
-            rng.randint(1, 24),
+            rng.randint(8, 24),
+            rng.randint(6, 24),
             rng.randint(1, 10),
             "page",
             centered=rng.random() < 0.3,
@@ -182,8 +182,8 @@ class Painter:
             rng.choice(self.fonts),
             size,
             (width, height),
-            8,
-            rng.randint(0, 10),
+            12,
+            rng.randint(4, 12),
             rng.randint(3, 10),
             "banner",
             centered=rng.random() < 0.5,

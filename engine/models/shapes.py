@@ -140,16 +140,23 @@ def image_processor_for(folder_or_size: str | Path | int) -> Any:
         settings = read_json(folder / "preprocessor_config.json")
     else:
         settings = read_json(folder / "processor_config.json").get("image_processor", {})
+    return image_processor_of(settings, folder)
+
+
+def image_processor_of(settings: dict[str, Any], source: Path) -> Any:
+    """The same from the settings that `source` has of it. Raises `UnknownArchitecture` or `CheckpointMismatch`."""
+    import transformers
+
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
     found = next((name for start, name in _PROCESSORS.items() if str(kind).startswith(start)), None)
     if found is None:
-        raise UnknownArchitecture(f"{folder}: unknown image processor {kind!r}; known: {', '.join(_PROCESSORS)}")
+        raise UnknownArchitecture(f"{source}: unknown image processor {kind!r}; known: {', '.join(_PROCESSORS)}")
     # by its module, since some releases say of some that they need torchvision, and have a placeholder for them
     module = importlib.import_module(getattr(transformers, found).__module__)
     try:
         return getattr(module, found).from_dict(settings)
     except (TypeError, ValueError) as error:
-        raise CheckpointMismatch(f"{folder} has no usable image processor: {error}") from error
+        raise CheckpointMismatch(f"{source} has no usable image processor: {error}") from error
 
 
 def _llama(
