@@ -28,6 +28,7 @@ from .options import (
     progress,
 )
 from .result_commands import capacity, peers, report
+from .safety.command import safety
 
 if TYPE_CHECKING:
     from .document import Session
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (latency, throughput, kernels, capacity, report, peers):
+for _command in (latency, throughput, kernels, capacity, report, peers, safety):
     app.command()(_command)
 
 

@@ -12,9 +12,22 @@ from .document import BadDocument, Document, read_document
 from .pictures import DARK, LIGHT, Picture, pictures
 from .result_tables import ResultTable, provenance, tables
 
-ORDER = ("capacity", "overhead", "throughput", "latency", "peers", "decode", "kernels", "roofline", "onnx", "serve")
+ORDER = (
+    "capacity",
+    "safety",
+    "overhead",
+    "throughput",
+    "latency",
+    "peers",
+    "decode",
+    "kernels",
+    "roofline",
+    "onnx",
+    "serve",
+)
 _WHAT = {
     "capacity": "What it takes to serve this",
+    "safety": "What a guard prevents",
     "overhead": "What a guard costs",
     "throughput": "How much is served",
     "latency": "How long a request takes",

@@ -45,12 +45,13 @@ DARK = Theme("dark", "#E6EDF3", "#0D1117", "#30363D")
 
 
 class Picture(NamedTuple):
-    """name: of its file. title: what it shows. draw: onto axes."""
+    """name: of its file. title: what it shows. draw: onto axes. projection: of the axes, None for plain ones."""
 
     name: str
     title: str
     draw: Callable[[Axes, Theme], None]
     height: float = 3.6
+    projection: str | None = None
 
     def png(self, theme: Theme = LIGHT) -> bytes:
         """Raises ImportError without matplotlib."""
@@ -59,7 +60,7 @@ class Picture(NamedTuple):
 
         figure = Figure(figsize=(8.4, self.height), dpi=130, layout="constrained", facecolor=theme.back)
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
+        axes = figure.subplots(subplot_kw={"projection": self.projection})
         self.draw(axes, theme)
         _dress(figure, axes, theme, self.title)
         file = io.BytesIO()
@@ -261,6 +262,12 @@ def _kernels(document: Document) -> Iterable[Picture]:
         yield Picture("kernels", "Operations under the roofline", draw, 4.2)
 
 
+def _safety(document: Document) -> Iterable[Picture]:
+    from .safety.shown import safety_pictures
+
+    return safety_pictures(document)
+
+
 _KINDS: dict[str, Callable[[Document], Iterable[Picture]]] = {
     "latency": _latency,
     "throughput": _throughput,
@@ -268,7 +275,13 @@ _KINDS: dict[str, Callable[[Document], Iterable[Picture]]] = {
     "decode": _decode,
     "capacity": _capacity,
     "kernels": _kernels,
+    "safety": _safety,
 }
+
+
+def guard_color(name: str, number: int) -> str:
+    """A guard's own, whichever variant of it is shown."""
+    return COLORS.get(name) or COLORS.get(f"{name}-separate") or _color(name, number)
 
 
 def _color(name: str, number: int) -> str:
@@ -285,5 +298,5 @@ def _dress(figure: Figure, axes: Axes, theme: Theme, title: str) -> None:
     axes.xaxis.label.set_color(theme.text)
     axes.yaxis.label.set_color(theme.text)
     for side, spine in axes.spines.items():
-        spine.set_visible(side in ("bottom", "left"))
+        spine.set_visible(side in ("bottom", "left", "polar"))
         spine.set_color(theme.grid)

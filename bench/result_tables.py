@@ -304,6 +304,12 @@ def _of_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> ResultTable:
     return ResultTable(title, names, [tuple(_cell(row.get(name)) for name in names) for row in rows])
 
 
+def _safety(document: Document) -> Iterable[ResultTable]:
+    from .safety.shown import safety_tables
+
+    return safety_tables(document)
+
+
 _KINDS: dict[str, Callable[[Document], Iterable[ResultTable]]] = {
     "overhead": _overhead,
     "decode": _decode,
@@ -314,6 +320,7 @@ _KINDS: dict[str, Callable[[Document], Iterable[ResultTable]]] = {
     "throughput": _throughput,
     "capacity": _capacity,
     "roofline": _roofline,
+    "safety": _safety,
 }
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..engine.engine import Engine
+from ..engine.guards import Guard
 from ..engine.models.loader import ModelSet
+from ..engine.request import Outcome
 from ..engine.sampling import SamplingParams
 from .data import Example
 
@@ -14,11 +16,15 @@ OWN_TOKENS = 96  # of an answer that the model itself gives
 
 
 def answered(
-    models: ModelSet, questions: Sequence[Example], progress: Callable[[str, int, int], None] | None
+    models: ModelSet,
+    questions: Sequence[Example],
+    progress: Callable[[str, int, int], None] | None,
+    guard: Guard | None = None,
 ) -> list[Example]:
-    """The questions with the model's own answers, greedy."""
+    """The questions with the model's own answers, greedy; without those whose answer a guard finds harmful."""
     engine = Engine(models=models)
-    requests = [engine.submit(item.question, sampling=SamplingParams(max_tokens=OWN_TOKENS)) for item in questions]
+    sampling = SamplingParams(max_tokens=OWN_TOKENS)
+    requests = [engine.submit(item.question, guard=guard, sampling=sampling) for item in questions]
     while engine.has_work:
         engine.step()
         done = sum(request.reply is not None for request in requests)
@@ -28,5 +34,5 @@ def answered(
     return [
         replace(item, text=reply.text.strip())
         for item, reply in zip(questions, replies, strict=True)
-        if reply is not None
+        if reply is not None and reply.outcome in (Outcome.UNGUARDED, Outcome.CLEAN)
     ]

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..engine.errors import BadInput, CheckpointMismatch, MissingExtra, UnknownArchitecture
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
+from ..engine.models.decoder import Decoder
 from ..engine.models.loader import BUNDLES, codec_of, is_tied, text_config
 from ..engine.text import Codec
+from .batches import padded
+from .native_states import keys_and_values, native_decoder
 from .recipe import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others scale embeddings or norms, or fuse their linear maps
@@ -28,7 +31,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others scale embeddings or 
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """model: a causal language model of `layers` layers, a `PeftModel` once it is adapted. content_hash: of all of
-    the checkpoint's weights. norm, head: its final norm and output matrix. depth: layers of the whole checkpoint."""
+    the checkpoint's weights. norm, head: its final norm and output matrix. depth: layers of the whole checkpoint.
+    decoder: the engine's of the same weights, which is fast where nothing is learned; None where it is not."""
 
     source: str
     model: Any
@@ -40,6 +44,7 @@ class Backbone:
     head: nn.Module
     depth: int
     device: torch.device
+    decoder: Decoder | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -56,11 +61,18 @@ class Backbone:
         if not normed:
             self.model.model.norm = nn.Identity()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round what was learned to the base's dtype, as it is saved; to be called before it is measured."""
+        for parameter in trainable(self.model).values():
+            parameter.copy_(parameter.to(self.model.dtype))
+
     def save(self, folder: Path) -> None:
-        """Write the adapter as a PEFT folder, or all of the model with its tokenizer."""
+        """Write the adapter as a PEFT folder in the base's dtype, or all of the model with its tokenizer."""
         if hasattr(self.model, "peft_config"):
+            state = {name: value.to(self.model.dtype) for name, value in trainable(self.model).items()}
             # else `peft` asks the model hub whether the vocabulary was changed
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         else:
             self.model.model.norm, self.model.lm_head = self.norm, self.head
             self.model.save_pretrained(folder)
@@ -73,6 +85,64 @@ class Backbone:
         the right, where nothing that counts looks: no mask is needed, and attention takes its fast causal path.
         """
         return self._run(ids, active, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+
+    def active_states(self, rows: Sequence[Sequence[int]], active: Sequence[int]) -> Tensor:
+        """[rows, most active tokens, hidden] of the tokens that an activated adapter applies to, each row's from
+        `active` on, padded on the right; as in `states`."""
+        if not self.sees_all(max(map(len, rows))):
+            ids, _ = padded(rows, 0, self.device)
+            states = self.states(ids, active)
+            parts = [state[first : len(row)] for state, row, first in zip(states, rows, active, strict=True)]
+            return nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        before = self.before([row[:first] for row, first in zip(rows, active, strict=True)])
+        return self.after(before, [row[first:] for row, first in zip(rows, active, strict=True)])
+
+    def sees_all(self, tokens: int) -> bool:
+        """Whether a token sees all before it in a text of so many; else only those in a window."""
+        window = getattr(self.model.config, "sliding_window", None)
+        return window is None or tokens <= window
+
+    @torch.no_grad()
+    def before(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Keys and values of texts that the adapter does not apply to, each [layers, 2, heads, tokens, head_dim]:
+        they are the frozen base's, and need no gradient."""
+        if self.decoder is not None:
+            return keys_and_values(self.decoder, rows, self.layers)
+        ids, _ = padded(rows, 0, self.device)
+        cache = DynamicCache()
+        with self.model.disable_adapter():
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        whole = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+        return [whole[:, :, number, :, : len(row)] for number, row in enumerate(rows)]
+
+    def after(self, before: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
+        """[rows, tokens, hidden] of texts that an activated adapter applies to, behind what `before` gave of
+        others."""
+        ids, _ = padded(rows, 0, self.device)
+        count, lengths = ids.shape[1], torch.tensor([one.shape[3] for one in before], device=self.device)
+        layers, _, heads, _, dim = before[0].shape
+        known = before[0].new_zeros((layers, 2, len(rows), heads, int(lengths.max()), dim))
+        for number, one in enumerate(before):
+            known[:, :, number, :, : one.shape[3]] = one
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(known):
+            cache.update(keys, values, layer)
+        there = torch.arange(known.shape[4], device=self.device) < lengths.unsqueeze(1)
+        own = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
+        seen = torch.cat((there.unsqueeze(1).expand(-1, count, -1), own.expand(len(rows), -1, -1)), 2)
+        lowest = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill(~seen, lowest)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask.unsqueeze(1),
+            position_ids=lengths.unsqueeze(1) + torch.arange(count, device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+            logits_to_keep=1,
+            alora_offsets=[count] * len(rows),
+        )
+        return out.hidden_states[-1]
 
     def logits(self, ids: Tensor, active: Sequence[int] | None = None) -> Tensor:
         """[rows, tokens, vocabulary]; as in `states`."""
@@ -161,7 +231,8 @@ def adapt(backbone: Backbone, recipe: Recipe, invocation: Sequence[int] = ()) ->
     )
     model = get_peft_model(backbone.model, config)
     model.peft_config["default"].base_model_name_or_path = backbone.source
-    return replace(backbone, model=model)
+    decoder = native_decoder(backbone.source, backbone.model.dtype, backbone.device) if invocation else None
+    return replace(backbone, model=model, decoder=decoder)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

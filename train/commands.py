@@ -64,7 +64,7 @@ def detector(
         float, typer.Option("--beginnings", min=0, help="Weight of the loss of the lowest score of any beginning.")
     ] = 0.0,
     false_positives: Annotated[
-        float, typer.Option("--false-positives", help="Share of harmless answers that the threshold flags.")
+        float, typer.Option("--false-positives", help="Share of helpful answers that the threshold flags.")
     ] = 0.01,
     invocation: Annotated[
         str | None, typer.Option("--invocation", help="Text from which on an activated adapter applies.")

@@ -34,6 +34,7 @@ class Source(StrEnum):
     JAILBREAKBENCH = "JailbreakBench"
     ALPACA_EVAL = "AlpacaEval answers"
     XSTEST = "XSTest, answered by the model"
+    CONTRAST = "like XSTest, answered by the model"
     PKU = "PKU-SafeRLHF"
     BEAVERTAILS = "BeaverTails"
     SPA_VL = "SPA-VL"
@@ -56,6 +57,7 @@ SETS = {
         "alpaca-eval", "Apache-2.0", "three models' answers to AlpacaEval's 805 instructions"
     ),
     Source.XSTEST: SetInfo("xstest", "CC-BY-4.0", "github.com/paul-rottger/xstest, its safe prompts"),
+    Source.CONTRAST: SetInfo("", "that of this project", "train/contrast.py"),
     Source.PKU: SetInfo("pku-saferlhf", "CC-BY-NC-4.0", "PKU-Alignment/PKU-SafeRLHF on the Hugging Face hub"),
     Source.BEAVERTAILS: SetInfo("beavertails", "CC-BY-NC-4.0", "PKU-Alignment/BeaverTails on the Hugging Face hub"),
     Source.SPA_VL: SetInfo("spa-vl", "Apache-2.0", "sqrti/SPA-VL on the Hugging Face hub"),

@@ -25,14 +25,15 @@ from .batches import padded, sorted_batches
 from .beginnings import prefix_threshold
 from .card import Pooling
 from .corpus import Corpus, read_corpus
-from .data import Example, Part, sizes
+from .data import Example, Kind, Part, Source, sizes
 from .detector_card import DetectorCard, Rate
 from .fit import fit_logistic, threshold_at
 from .loop import SAVE_SECONDS, Progress, Trained, fingerprint, train
 from .losses import harm_loss, pairwise_loss, streaming_loss
 from .outcome import Folder, versions
 from .own_answers import own_answers
-from .quality import Beginnings, flagged, quality
+from .prefixes import Prefixes
+from .quality import Beginnings, flagged, quality, where
 from .readings import Reading, beginnings_of, conversation_reading, pool, text_reading
 from .recipe import Recipe
 from .refusals import ENOUGH, is_refusal
@@ -53,8 +54,8 @@ class DetectorUnfit(StockadeError):
 @dataclass(frozen=True)
 class Form:
     """What the head reads. layer: None is the last one. beginnings: weight of the streaming loss, 0 for none.
-    pairwise: the released script's loss of pairs. false_positives: share of the harmless validation answers that the
-    threshold flags."""
+    pairwise: the released script's loss of pairs. false_positives: share of the helpful validation answers that the
+    threshold flags (of all harmless ones, where none of them helps)."""
 
     template: str = "response"
     layer: int | None = None
@@ -113,16 +114,27 @@ class HarmModel:
     head: LogitHead
     pooling: Pooling
 
-    def pooled(self, readings: Sequence[Reading], beginnings: bool) -> tuple[Tensor, Tensor]:
-        """As `readings.pool` has it."""
-        device = self.backbone.device
-        ids, _ = padded([reading.tokens for reading in readings], 0, device)
+    def pooled(
+        self, readings: Sequence[Reading], beginnings: bool, before: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `readings.pool` has it. before: see `Backbone.before`, where it is known."""
+        device, rows = self.backbone.device, [reading.tokens for reading in readings]
         active = [reading.active_from for reading in readings if reading.active_from is not None]
-        return pool(self.backbone.states(ids, active or None), readings, self.pooling, beginnings)
+        if active:
+            after = [row[first:] for row, first in zip(rows, active, strict=True)]
+            states = (
+                self.backbone.active_states(rows, active) if before is None else self.backbone.after(before, after)
+            )
+            last = states[torch.arange(len(rows)), [len(row) - 1 for row in after]].float()
+            return last.unsqueeze(1), torch.zeros(len(rows), 0, dtype=torch.bool, device=device)
+        ids, _ = padded(rows, 0, device)
+        return pool(self.backbone.states(ids), readings, self.pooling, beginnings)
 
-    def logits(self, readings: Sequence[Reading], beginnings: bool = False) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, readings: Sequence[Reading], beginnings: bool = False, before: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(of the answers [n], of their beginnings [n, marks], infinity where an answer has none)."""
-        pooled, there = self.pooled(readings, beginnings)
+        pooled, there = self.pooled(readings, beginnings, before)
         logits = self.head(pooled)
         return logits[:, 0], logits[:, 1:].masked_fill(~there, torch.inf)
 
@@ -187,9 +199,11 @@ def train_detector(
         form.pooling,
     )
     labels = torch.tensor([corpus.examples[place].harmless for place in places])
+    prefixes = _prefixes(model.backbone, training, folder, progress)
     if not normed:
-        _begin(model, training, labels, recipe.seed)
-    trained = _train(model, corpus, training, places, labels, form, recipe, folder, progress, save_seconds)
+        _begin(model, training, labels, recipe.seed, prefixes)
+    trained = _train(model, corpus, training, places, labels, form, recipe, folder, prefixes, progress, save_seconds)
+    model.backbone.settle()
     parts = {part: texts.of(corpus, part, backbone.context) for part in (Part.VALIDATION, Part.TEST)}
     scores = {
         part: model.score(readings, progress, f"reading the {part} part") for part, (readings, _) in parts.items()
@@ -249,7 +263,25 @@ def _check(form: Form, recipe: Recipe) -> None:
         raise BadInput(f"beginnings must be at least 0, not {form.beginnings}")
 
 
-def _begin(model: HarmModel, readings: Sequence[Reading], labels: Tensor, seed: int) -> None:
+def _prefixes(
+    backbone: Backbone, readings: Sequence[Reading], folder: Folder, progress: Progress | None
+) -> Prefixes | None:
+    """What an activated adapter does not change of the readings; None for any other, which changes all."""
+    rows = [reading.tokens[: reading.active_from] for reading in readings if reading.active_from is not None]
+    if not rows or not backbone.sees_all(max(len(reading.tokens) for reading in readings)):
+        return None
+    # where another run was interrupted, its file is of no use
+    own = fingerprint(backbone.content_hash, backbone.layers, backbone.model.dtype, rows)[:12]
+    return Prefixes(backbone, rows, folder.work / f"prefixes-{own}.bin", progress)
+
+
+def _before(prefixes: Prefixes | None, numbers: Sequence[int]) -> list[Tensor] | None:
+    return None if prefixes is None else [prefixes[number] for number in numbers]
+
+
+def _begin(
+    model: HarmModel, readings: Sequence[Reading], labels: Tensor, seed: int, prefixes: Prefixes | None
+) -> None:
     """Fit the head to the states of the backbone as it is, of some answers of each label."""
     rng = random.Random(f"{seed} begin")
     chosen: list[int] = []
@@ -260,7 +292,8 @@ def _begin(model: HarmModel, readings: Sequence[Reading], labels: Tensor, seed: 
     features = torch.empty(len(chosen), model.backbone.hidden_size)
     with torch.no_grad():
         for batch in sorted_batches([len(readings[index].tokens) for index in chosen], READ_TOKENS):
-            pooled, _ = model.pooled([readings[chosen[place]] for place in batch], beginnings=False)
+            numbers = [chosen[place] for place in batch]
+            pooled, _ = model.pooled([readings[number] for number in numbers], False, _before(prefixes, numbers))
             features[batch] = pooled[:, 0].cpu()
     model.head.begin(features, labels[chosen])
 
@@ -274,6 +307,7 @@ def _train(
     form: Form,
     recipe: Recipe,
     folder: Folder,
+    prefixes: Prefixes | None,
     progress: Progress | None,
     save_seconds: float,
 ) -> Trained:
@@ -283,7 +317,8 @@ def _train(
 
     def loss(batch: list[int]) -> Tensor:
         rows = [index for unit in batch for index in units[unit]]
-        whole, early = model.logits([readings[index] for index in rows], beginnings=form.beginnings > 0)
+        some, beginnings = [readings[index] for index in rows], form.beginnings > 0
+        whole, early = model.logits(some, beginnings, _before(prefixes, rows))
         wanted = labels[rows].to(whole.device)
         value = (
             pairs_loss(whole, wanted, [len(units[unit]) for unit in batch])
@@ -357,11 +392,14 @@ def _card(
     limit: int | None,
     bad: Bad,
 ) -> DetectorCard:
-    harmless = {part: torch.tensor([example.harmless for example in some]) for part, some in examples.items()}
+    harmless = {part: ~where(some, Kind.HARMFUL) for part, some in examples.items()}
     tuning, test = scores[Part.VALIDATION], scores[Part.TEST]
     good = tuning.whole[harmless[Part.VALIDATION]]
+    helping = where(examples[Part.VALIDATION], Kind.HELPFUL)
+    # a refusal that is flagged becomes another refusal, a helpful answer is lost
+    spared = tuning.whole[helping] if helping.any() else good
     # the bias moves the threshold to 0.5
-    shift = threshold_at(good, form.false_positives)
+    shift = threshold_at(spared, form.false_positives)
     early = None
     if len(tuning.beginnings.logits):
         marks = tuning.beginnings
@@ -378,7 +416,7 @@ def _card(
     tested, truth = test.whole - shift, harmless[Part.TEST]
     rates = []
     for share in sorted({*RATES, form.false_positives}):
-        at = threshold_at(good, share) - shift
+        at = threshold_at(spared, share) - shift
         below = [float((tested[some] < at).double().mean()) for some in (~truth, truth)]
         rates.append(Rate(share, _sigmoid(at), *below))
     its = test.beginnings._replace(logits=test.beginnings.logits - shift)
@@ -399,6 +437,12 @@ def _card(
         rates=rates,
         validation=quality(tuning.whole[~harmless[Part.VALIDATION]] - shift, good - shift),
         test=quality(tested[~truth], tested[truth]),
+        by_source={
+            source: quality(tested[its & ~truth], tested[its & truth])
+            for source in Source
+            for its in [torch.tensor([example.source is source for example in examples[Part.TEST]])]
+            if (its & ~truth).any() and (its & truth).any()
+        },
         flagged=flagged(examples[Part.TEST], tested, its, early),
         versions=versions(model.backbone),
     )

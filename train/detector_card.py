@@ -14,7 +14,7 @@ HOW = {"lora": "a LoRA", "alora": "an activated LoRA", "full": "all weights trai
 
 
 class Rate(NamedTuple):
-    """A threshold [P(harmless)] that flags `stated` of the harmless validation answers, and what it flags of the test
+    """A threshold [P(harmless)] that flags `stated` of the helpful validation answers, and what it flags of the test
     part's harmful and harmless ones."""
 
     stated: float
@@ -26,7 +26,8 @@ class Rate(NamedTuple):
 @dataclass(frozen=True)
 class DetectorCard:
     """shift: of the logit, so that the threshold is 0.5. repeated, held_back: see `Corpus`. skipped: rows of the
-    wrong form. losses: of each step. limit: of texts of each source, part and kind; None for a full run."""
+    wrong form. losses: of each step. limit: of texts of each source, part and kind; None for a full run. by_source:
+    of the test part, where a set has both labels."""
 
     base: str
     spec: HeadSpec
@@ -44,6 +45,7 @@ class DetectorCard:
     rates: list[Rate]
     validation: Quality
     test: Quality
+    by_source: dict[Source, Quality]
     flagged: list[Flagged]
     versions: str
 
@@ -63,9 +65,13 @@ class DetectorCard:
             "## Quality",
             table(
                 ("part", "harmful", "harmless", "AUROC", "TPR at 1 % FPR", "TPR at 5 % FPR", "TPR at the threshold"),
-                [_row("validation", self.validation), _row("test", self.test)],
+                [
+                    _row("validation", self.validation),
+                    _row("test", self.test),
+                    *(_row(f"test, {source}", quality) for source, quality in self.by_source.items()),
+                ],
             ),
-            "Thresholds for stated shares of harmless validation answers, and what they flag of the test part:",
+            "Thresholds for stated shares of helpful validation answers, and what they flag of the test part:",
             table(
                 ("stated", "threshold", "harmful flagged", "harmless flagged"),
                 [(f"{a:.1%}", f"{at:.4f}", f"{bad:.1%}", f"{good:.1%}") for a, at, bad, good in self.rates],

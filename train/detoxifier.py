@@ -123,6 +123,7 @@ def train_detoxifier(
         progress=progress,
         save_seconds=save_seconds,
     )
+    backbone.settle()
     card = DetoxifierCard(
         base=str(base),
         recipe=recipe,
@@ -158,9 +159,12 @@ def rewriting(
 
 def loss_of(backbone: Backbone, targets: Sequence[Target]) -> torch.Tensor:
     """Mean loss a target token."""
-    ids, _ = padded([item.tokens for item in targets], 0, backbone.device)
+    rows = [item.tokens for item in targets]
     active = [item.active_from for item in targets if item.active_from is not None]
-    return target_loss(backbone.states(ids, active or None), backbone.head, targets)
+    if active:
+        return target_loss(backbone.active_states(rows, active), backbone.head, targets, active)
+    ids, _ = padded(rows, 0, backbone.device)
+    return target_loss(backbone.states(ids), backbone.head, targets)
 
 
 @torch.no_grad()

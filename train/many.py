@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..engine.engine import Engine, GuardLike, Request
@@ -14,9 +14,14 @@ AHEAD = 64  # chats under way at a time
 
 
 def answer_many(
-    engine: Engine, chats: Iterable[Any], guard: GuardLike | None, sampling: SamplingParams, ahead: int = AHEAD
+    engine: Engine,
+    chats: Iterable[Any],
+    guard: GuardLike | Sequence[GuardLike] | None,
+    sampling: SamplingParams,
+    ahead: int = AHEAD,
 ) -> Iterator[tuple[int, Reply | BadInput]]:
-    """(the chat's number, its reply, or why it could not be asked). Closing the iterator aborts what is under way."""
+    """(the chat's number, its reply, or why it could not be asked). guard: of all chats, or one of each. Closing the
+    iterator aborts what is under way."""
     waiting = enumerate(chats)
     under_way: dict[int, Request] = {}
     more = True
@@ -27,8 +32,9 @@ def answer_many(
                 if number < 0:
                     more = False
                     break
+                own = guard[number] if isinstance(guard, Sequence) else guard
                 try:
-                    under_way[number] = engine.submit(chat, guard=guard, sampling=sampling)
+                    under_way[number] = engine.submit(chat, guard=own, sampling=sampling)
                 except BadInput as error:
                     yield number, error
             if under_way:

@@ -31,11 +31,19 @@ def target(codec: Codec, prompt: Sequence[int], text: str, invocation: Sequence[
     return Target([*prompt, *invocation, *tokens, *ended], first, len(prompt) if invocation else None)
 
 
-def target_loss(states: Tensor, head: nn.Module, targets: Sequence[Target]) -> Tensor:
+def target_loss(
+    states: Tensor, head: nn.Module, targets: Sequence[Target], states_from: Sequence[int] | None = None
+) -> Tensor:
     """Mean cross entropy of the target tokens alone, each told from the states before it. states [rows, tokens,
-    hidden], normed, padded on the right; head: hidden states to logits. No other row of logits is computed."""
+    hidden], normed, padded on the right; head: hidden states to logits. states_from: the token that a row's first
+    state is of, 0 if not given. No other row of logits is computed."""
     rows = [row for row, item in enumerate(targets) for _ in range(item.target_from, len(item.tokens))]
-    places = [place - 1 for item in targets for place in range(item.target_from, len(item.tokens))]
+    firsts = states_from or [0] * len(targets)
+    places = [
+        place - 1 - first
+        for item, first in zip(targets, firsts, strict=True)
+        for place in range(item.target_from, len(item.tokens))
+    ]
     wanted = torch.tensor([token for item in targets for token in item.tokens[item.target_from :]])
     logits = head(states[rows, places])  # [targets, vocabulary]
     return F.cross_entropy(logits.float(), wanted.to(logits.device))

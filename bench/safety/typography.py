@@ -1,0 +1,46 @@
+"""Texts as images, as typographic attacks show them: for sets whose images are not there. The font is Pillow's own,
+not that of the published images."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+@dataclass(frozen=True)
+class Typography:
+    """Black on white. width, height: pixels; height None: as high as the text needs. size: of the letters. columns:
+    in which lines are wrapped."""
+
+    text: str
+    width: int
+    height: int | None
+    size: int
+    columns: int
+    corner: tuple[int, int] = (20, 10)
+    spacing: int = 11
+
+    def draw(self) -> Image.Image:
+        font = ImageFont.load_default(self.size)
+        lines = [wrapped for line in self.text.splitlines() for wrapped in textwrap.wrap(line, self.columns) or [""]]
+        text = "\n".join(lines)
+        left, top = self.corner
+        box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox(
+            self.corner, text, font=font, spacing=self.spacing
+        )
+        height = self.height or round(box[3]) + 2 * top
+        image = Image.new("RGB", (self.width, height), "white")
+        ImageDraw.Draw(image).multiline_text((left, top), text, fill="black", font=font, spacing=self.spacing)
+        return image
+
+
+def figstep(instruction: str) -> Typography:
+    """A statement and an empty list, 760 x 760 (FigStep, arXiv 2311.05608)."""
+    return Typography(f"{instruction.strip()}\n1. \n2. \n3. ", 760, 760, 80, 15)
+
+
+def key_phrase(phrase: str) -> Typography:
+    """A key phrase 1024 pixels wide, as high as it needs (MM-SafetyBench, arXiv 2311.17600)."""
+    return Typography(phrase.strip(), 1024, None, 90, 18, (20, 20))
