@@ -50,6 +50,7 @@ setup(
     package_data={
         "stockade": [
             "engine/models/data/*",
+            "engine/models/data/*/*",
             "bench/data/*",
             "kernels/*.cpp",
             "engine/serving/page.html",

@@ -67,6 +67,8 @@ HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
+SMOL_ADAPTER = "smol-adapter"  # as detector and as detoxifier of the bundle: activated adapters on its own weights
+SMOL_ADAPTERS = {name: Path(__file__).parent / "data" / f"smol-{name}" for name in ("detector", "detoxifier")}
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def load_models(
     `Classifier` that says which of its labels mean harm; a bundle; a `.safetensors` file with a head fitted on the
     MLLM's own weights; "onnx:FOLDER", an exported one that ONNX Runtime runs on threads of its own (the extra
     `onnx`); or an object that is an `OutsideDetector`. Detector and detoxifier may be adapters `Attached` to the
-    MLLM's backbone. A probe is a `.safetensors` file with a head fitted on the states that the MLLM has while it
-    answers. A bundle as model brings its own detector, detoxifier and probe.
+    MLLM's backbone; those that come with `smol` are named "smol-adapter". A probe is a `.safetensors` file with a
+    head fitted on the states that the MLLM has while it answers. A bundle as model brings its own detector,
+    detoxifier and probe.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
@@ -107,6 +110,10 @@ def load_models(
         detector = model if detector is None else detector
         detoxifier = model if detoxifier is None else detoxifier
         probe = SMOL_PROBE if probe is None else probe
+    if detector == SMOL_ADAPTER:
+        detector = _own_adapter("detector", model)
+    if detoxifier == SMOL_ADAPTER:
+        detoxifier = _own_adapter("detoxifier", model)
     if isinstance(model, Attached):
         raise CheckpointMismatch(f"{model.adapter}: attached to what? Give the MLLM as (adapter, base), which merges")
     mllm = loader.generator("mllm", model)
@@ -130,6 +137,12 @@ def load_models(
     if probe is not None:
         models["probe"] = _in_context("probe", mllm, Path(probe), where)
     return ModelSet(models, where, loader.dtype, outside)
+
+
+def _own_adapter(name: str, model: Source) -> Attached:
+    if str(model) not in BUNDLES:
+        raise CheckpointMismatch(f"{SMOL_ADAPTER} was trained on {', '.join(BUNDLES)}; it is of no use on {model}")
+    return Attached(SMOL_ADAPTERS[name])
 
 
 @dataclass(frozen=True, eq=False)

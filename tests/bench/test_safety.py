@@ -17,8 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from stockade.bench.document import read_document
-from stockade.bench.page import page
 from stockade.bench.pictures import pictures
+from stockade.bench.result_tables import tables
 from stockade.bench.safety.asked import Result
 from stockade.bench.safety.cases import Case, Kind, sample
 from stockade.bench.safety.figures import Figures, interval
@@ -287,10 +287,12 @@ def test_the_whole_command_on_tiny_models(data: Path, tmp_path: Path) -> None:
     )
     again = CliRunner().invoke(app, [*arguments, "--json", str(file), "--resume"])
     assert again.exit_code == 0 and read_document(file).rows == document.rows
-    shown = page({"safety": document})
-    assert "What a guard prevents" in shown and "Attacks that succeed" in shown and SECRET not in shown
+    titles = [table.title for table in tables(document)]
+    assert titles[0].startswith("Safety and its price") and "Attacks that succeed, by set and scenario" in titles
+    assert SECRET not in "".join(table.markdown() for table in tables(document))
     drawn = {one.name: one for one in pictures(document)}
     assert list(drawn) == ["safety-cost", "safety-mm-safetybench-text", "safety-mm-safetybench-image"]
+    assert drawn["safety-mm-safetybench-text"].png()
 
 
 def _alone(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
