@@ -82,6 +82,9 @@ def detector(
     target: TargetOption = None,
     seed: SeedOption = 0,
     limit: LimitOption = None,
+    measured: Annotated[
+        int | None, typer.Option("--measured", min=1, help="Answers of each set and kind that measure, at most.")
+    ] = None,
     skip_bad: SkipOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "fp32",
@@ -118,6 +121,7 @@ def detector(
             form=form,
             recipe=recipe,
             limit=limit,
+            measured=measured,
             skip_bad=skip_bad,
             device=torch_device(device),
             dtype=torch_dtype(dtype),

@@ -6,6 +6,7 @@ What is written loads as a detector: the adapter merged into its base, or attach
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
@@ -166,6 +167,7 @@ def train_detector(
     form: Form | None = None,
     recipe: Recipe | None = None,
     limit: int | None = None,
+    measured: int | None = None,
     skip_bad: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
@@ -174,7 +176,8 @@ def train_detector(
 ) -> DetectorCard:
     """Train on the sets under `data`; write a PEFT folder (or, for "full", a checkpoint) with the head and its card.
 
-    base: a checkpoint folder, a GGUF file or a bundle. limit: at most so many texts of each source, part and kind.
+    base: a checkpoint folder, a GGUF file or a bundle. limit: at most so many texts of each source, part and kind;
+    measured: the same of the validation and the test part alone, drawn by the seed.
     skip_bad: rows of the wrong form are left out and counted. The same call goes on with an interrupted run.
     Raises `BadInput`, `DataMissing`, `DataInvalid` (`LabelsSwapped` among them), `AnotherRun`, `Diverged`,
     `DetectorUnfit`, or a `CheckpointError`.
@@ -204,7 +207,7 @@ def train_detector(
         _begin(model, training, labels, recipe.seed, prefixes)
     trained = _train(model, corpus, training, places, labels, form, recipe, folder, prefixes, progress, save_seconds)
     model.backbone.settle()
-    parts = {part: texts.of(corpus, part, backbone.context) for part in (Part.VALIDATION, Part.TEST)}
+    parts = {part: texts.of(corpus, part, backbone.context, measured) for part in (Part.VALIDATION, Part.TEST)}
     scores = {
         part: model.score(readings, progress, f"reading the {part} part") for part, (readings, _) in parts.items()
     }
@@ -233,10 +236,19 @@ class _Texts:
         rng = random.Random(f"{recipe.seed} places")
         self.in_place = [bool(invocation) and rng.random() < 0.5 for _ in examples]
 
-    def of(self, corpus: Corpus, part: Part, most: int) -> tuple[list[Reading], list[int]]:
-        """(readings, the numbers of their examples); an answer that has no room is left out."""
+    def of(self, corpus: Corpus, part: Part, most: int, each: int | None = None) -> tuple[list[Reading], list[int]]:
+        """(readings, the numbers of their examples); an answer that has no room is left out. most: tokens of one.
+        each: answers of each source and kind at most."""
         readings, numbers = [], []
-        for number in corpus.numbers(part):
+        order = corpus.numbers(part)
+        if each is not None:
+            random.Random(f"{part} {each}").shuffle(order)
+        taken: Counter[tuple[Source, Kind]] = Counter()
+        for number in order:
+            example = self.examples[number]
+            taken[example.source, example.kind] += 1
+            if each is not None and taken[example.source, example.kind] > each:
+                continue
             reading = self._reading(number, min(most, self.backbone.context))
             if reading is not None:
                 readings.append(reading)
@@ -268,7 +280,7 @@ def _prefixes(
 ) -> Prefixes | None:
     """What an activated adapter does not change of the readings; None for any other, which changes all."""
     rows = [reading.tokens[: reading.active_from] for reading in readings if reading.active_from is not None]
-    if not rows or not backbone.sees_all(max(len(reading.tokens) for reading in readings)):
+    if not rows:
         return None
     # where another run was interrupted, its file is of no use
     own = fingerprint(backbone.content_hash, backbone.layers, backbone.model.dtype, rows)[:12]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora.variants import ALoraLinearVariant
 
 from stockade.engine.errors import CacheWriteFailed
 from stockade.train.backbone import Backbone, adapt, open_backbone
-from stockade.train.batches import padded
 from stockade.train.contrast import contrast_questions
 from stockade.train.data import Kind, Part
 from stockade.train.native_states import native_decoder
@@ -41,14 +41,26 @@ def backbone(checkpoint: Callable[[str], Path]) -> Backbone:
     return found
 
 
+def whole_states(backbone: Backbone, row: list[int]) -> torch.Tensor:
+    """Of a text with its invocation, as `peft` runs an activated adapter on all of it."""
+    tuner = backbone.model.base_model
+    layers = [module for module in tuner.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.lora_variant["default"] = ALoraLinearVariant()
+    try:
+        offsets = [len(INVOCATION)]
+        out = backbone.model(torch.tensor([row]), output_hidden_states=True, alora_offsets=offsets, use_cache=False)
+        return out.hidden_states[-1][0]
+    finally:
+        for layer in layers:
+            layer.lora_variant.pop("default")
+
+
 def test_states_behind_kept_keys_and_values_are_those_of_the_whole_text(backbone: Backbone) -> None:
-    whole = [[*row, *INVOCATION] for row in ROWS]
     lengths = [len(row) for row in ROWS]
-    wanted = backbone.states(padded(whole, 0, backbone.device)[0], lengths)
-    found = backbone.active_states(whole, lengths)
-    for row, length in enumerate(lengths):
-        end = length + len(INVOCATION)
-        assert apart(found[row], wanted[row, length:end]) < 1e-5
+    found = backbone.active_states([[*row, *INVOCATION] for row in ROWS], lengths)
+    for states, row in zip(found, ROWS, strict=True):
+        assert apart(states, whole_states(backbone, [*row, *INVOCATION])[len(row) :]) < 1e-5
     base = backbone.before(ROWS)
     assert [one.shape[3] for one in base] == lengths and not any(one.requires_grad for one in base)
 
@@ -59,9 +71,9 @@ def test_gradients_are_those_of_the_whole_text(backbone: Backbone) -> None:
         states.square().mean().backward()
         return [one.grad.clone() for one in backbone.model.parameters() if one.requires_grad and one.grad is not None]
 
-    row = [[*ROWS[0], *INVOCATION]]
-    one = gradients(backbone.active_states(row, [11])[:, -1])
-    other = gradients(backbone.states(torch.tensor(row), [11])[:, -1])
+    row = [*ROWS[0], *INVOCATION]
+    one = gradients(backbone.active_states([row], [11])[0, -1])
+    other = gradients(whole_states(backbone, row)[-1])
     assert len(one) == len(other) > 0 and any(float(grad.abs().max()) > 0 for grad in one)
     for mine, its in zip(one, other, strict=True):
         assert apart(mine, its) < 1e-3
