@@ -85,17 +85,18 @@ def test_an_activated_adapter_applies_from_its_invocation_only(base: Path) -> No
                 parameter.normal_()
     backbone.model.eval()
     items = [rewriting(backbone, triple, n % 2 == 0, False, [300, 301]) for n, triple in enumerate(TRIPLES[:3])]
-    ids, _ = padded([item.tokens for item in items], 0, torch.device("cpu"))
+    rows = [item.tokens for item in items]
     first = [item.active_from for item in items]
     with torch.no_grad():
-        found = backbone.states(ids, first)
+        found = backbone.active_states(rows, first)
         with backbone.model.disable_adapter():
-            plain = backbone.states(ids)
+            same = backbone.active_states(rows, first)
+            plain = backbone.states(padded(rows, 0, torch.device("cpu"))[0])
     for row, (item, start) in enumerate(zip(items, first, strict=True)):
         assert item.tokens[start : start + 2] == [300, 301] and item.target_from == start + 2
-        torch.testing.assert_close(found[row, :start], plain[row, :start], rtol=0, atol=1e-5)
-        behind = slice(start, len(item.tokens))
-        assert (found[row, behind] - plain[row, behind]).abs().amax(1).min() > 1e-3
+        behind, count = plain[row, start : len(item.tokens)], len(item.tokens) - start
+        torch.testing.assert_close(same[row, :count], behind, rtol=0, atol=1e-5)
+        assert (found[row, :count] - behind).abs().amax(1).min() > 1e-3
 
 
 def test_the_loss_is_that_of_transformers_with_the_prompt_masked(base: Path) -> None:
