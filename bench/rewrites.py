@@ -37,7 +37,7 @@ class ForcedRunner(ModelRunner):
     """
 
     def __init__(self, engine: Engine, feature_bytes: int = 1 << 20) -> None:
-        super().__init__(engine.pool, engine.lanes, feature_bytes)
+        super().__init__(engine.pool, engine.lanes, {}, feature_bytes)  # for no model it chooses tokens on the device
         self.target: list[int] = []
         self.steps = 0
 

@@ -7,6 +7,7 @@ Requests, loops and all other passes are the driver's.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from collections.abc import Set
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -80,14 +81,23 @@ class Answers:
             answer.tap, answer.pool_from = model, answer.prompt_tokens
         return screening
 
-    def choose_tokens(self, lane: Lane, works: list[Work], logits: torch.Tensor) -> None:
+    def take_tokens(self, lane: Lane, works: list[Work], ids: list[int], dropped: Set[Sequence]) -> None:
+        """The tokens that the device chose; -1 where the logits are no numbers. dropped: as of `choose_tokens`."""
+        for work, token in zip(works, ids, strict=True):
+            if self._driver.is_under_way(work.sequence) and work.sequence not in dropped:
+                self._sampled(lane, work, [Sampled(token) if token >= 0 else None])
+
+    def choose_tokens(
+        self, lane: Lane, works: list[Work], logits: torch.Tensor, dropped: Set[Sequence] = frozenset()
+    ) -> None:
+        """logits: as of a `StepResult`. dropped: sequences whose rows are not read."""
         rows: list[SamplerRow] = []
         picked: list[int] = []
         sampling: list[tuple[Work, int]] = []  # and how many rows it has
         first = 0
         for work in works:
             sequence, count = work.sequence, 1 + len(work.drafts)
-            if self._driver.is_under_way(sequence):
+            if self._driver.is_under_way(sequence) and sequence not in dropped:
                 if sequence.sampling is None:
                     self._chosen(sequence, logits[first])
                 else:

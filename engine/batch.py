@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from ..kernels.lora import ActiveAdapters
 from ..kernels.native import RaggedGroup, RaggedSequence
 from ..kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, Span, causal_mask
+from ..kernels.ragged import RaggedTables
 from .kv_pages import PagePool
+from .models.fused import FusedGroup
 from .models.model import Backbone
 from .scheduler import Work
 from .sequence import Sequence
@@ -21,8 +24,8 @@ from .sequence import Sequence
 class Group:
     """The rows [start, stop) of a batch that run to one depth, in one layout.
 
-    write_rows [stop - start]: where in the pool their keys and values go. Who attends to what is said in two forms:
-    `spans` for the plain path, `ragged` for the native kernels.
+    write_rows [stop - start]: where in the pool their keys and values go. Who attends to what is said in three forms:
+    `spans` for the plain path, `ragged` for the native kernels, `fused` for fused layers.
     """
 
     depth: int
@@ -47,6 +50,22 @@ class Group:
             sequences.append(RaggedSequence(row, work.rows, work.start, runs))
             row += work.rows
         return RaggedGroup(self.layers, sequences)
+
+    @cached_property
+    def fused(self) -> FusedGroup:
+        works = self.works
+        both_ways = any(
+            work.rows > 1 and work.sequence.whole_images and any(work.sequence.images_between(work.start, work.stop))
+            for work in works
+        )
+        return FusedGroup(
+            self.start,
+            self.stop,
+            self.layers,
+            self.write_rows,
+            _tables(works, self.write_rows.device),
+            self.spans if both_ways else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,24 @@ def _slots(rows: int, parts: list[tuple[int, int, int]], device: torch.device) -
     for first, last, slot in parts:
         slots[first:last] = [slot] * (last - first)
     return torch.tensor(slots, device=device)
+
+
+def _tables(works: list[Work], device: torch.device) -> RaggedTables:
+    pages = [[page.row for page in work.sequence.table.pages] for work in works]
+    width = max(map(len, pages))
+    lengths = [work.start + work.rows for work in works]
+
+    def table(numbers: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    return RaggedTables(
+        first_row=table(list(accumulate((work.rows for work in works), initial=0))),
+        length=table(lengths),
+        pages=table([rows + [0] * (width - len(rows)) for rows in pages]),
+        page_size=works[0].sequence.table.layout.tokens_per_page,
+        max_rows=max(work.rows for work in works),
+        max_length=max(lengths),
+    )
 
 
 def _spans(works: list[Work], window: int | None, device: torch.device) -> list[Span]:

@@ -6,7 +6,7 @@ answer while it is decoded has a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from threading import Event
 from time import perf_counter
@@ -431,10 +431,14 @@ class Driver:
             if self.is_under_way(work.sequence):
                 self.fail(work.sequence, PassError(f"{type(error).__name__}: {error}"))
 
-    def deliver(self, lane: Lane, result: StepResult) -> None:
-        """Turn a step's logits and scores into tokens and results, and resume the loops that waited for them."""
+    def deliver(self, lane: Lane, result: StepResult, dropped: Set[Sequence] = frozenset()) -> None:
+        """Turn a step's logits and scores into tokens and results, and resume the loops that waited for them.
+
+        dropped: sequences that were cut or preempted meanwhile, for which it says nothing.
+        """
         for sequence, score in result.scores:
-            if not self.is_under_way(sequence):
+            # where more is known by now, it is no score of what was handed to the head last
+            if not self.is_under_way(sequence) or sequence in dropped or sequence.remaining:
                 continue
             request, run = self.request(sequence), self.run_of(sequence)
             assert run is not None and sequence.model.head is not None
@@ -443,15 +447,17 @@ class Driver:
             else:
                 self.complete(request, run, Scored(score, sequence.model.head.spec.threshold))
         for sequence in result.closed:
-            if not self.is_under_way(sequence):
+            if not self.is_under_way(sequence) or sequence in dropped:
                 continue
             request, run = self.request(sequence), self.run_of(sequence)
             assert run is not None and run.screening is not None
             run.screening.judge(self.runner.tapped_score(lane, run.sequence), len(run.screening.text))
             self.end_sequence(request, run)
             self.answers.release_or_complete(request, run)
-        if result.logits is not None:
-            self.answers.choose_tokens(lane, result.works, result.logits)
+        if result.ids is not None:
+            self.answers.take_tokens(lane, result.works, result.ids.tolist(), dropped)
+        elif result.logits is not None:
+            self.answers.choose_tokens(lane, result.works, result.logits, dropped)
 
 
 def _attach_verdicts(passes: list[PassRecord], decision: Decision) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol, get_args
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from .chat import Chat
 from .driver import Driver
 from .errors import BadInput, InvalidGuard, InvalidMessage, UnknownRequest
+from .flight import Flight
 from .images import ImageLimits
 from .kv_pages import PagePool
 from .models.heads import IN_CONTEXT
@@ -86,7 +87,7 @@ class Engine:
         self.models = models.models
         self.device = models.device
         self.image_limits = image_limits or ImageLimits()
-        self._page_size = tokens_per_page or (16 if cuda else 64)
+        self._page_size = tokens_per_page or 64
         if self._page_size < 16 or self._page_size & (self._page_size - 1):
             raise BadInput(f"tokens_per_page must be a power of two of at least 16, not {self._page_size}")
         layouts = [item.layout(self._page_size) for item in self.models.values()]
@@ -106,7 +107,7 @@ class Engine:
             for backbone in backbones.values()
         ]
         self.scheduler = Scheduler(self.pool, self.lanes)
-        self.runner = ModelRunner(self.pool, self.lanes, feature_bytes=(1 << 30) if cuda else (256 << 20))
+        self.runner = ModelRunner(self.pool, self.lanes, self.models, (1 << 30) if cuda else (256 << 20))
         self.outside = models.outside
         self.traits = {name: _traits(item, self.lanes) for name, item in self.models.items()}
         self.traits |= {
@@ -229,34 +230,26 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.driver.requests)
+        return bool(self.driver.requests) or any(lane.flights for lane in self.lanes)
 
     def step(self) -> list[Reply]:
-        """Run one batch of every lane that has work; return the replies of the requests that this finished."""
+        """Launch what every lane can run and take in what has ended, at least one batch; return the replies of the
+        requests that this finished.
+
+        On the CPU a batch has ended when it is launched, so lanes run one after another. On a GPU they run beside
+        each other, and a decoding step is launched before the tokens of the one in front of it are known here.
+        """
         driver = self.driver
         driver.finished = []
         driver.collect()
         driver.expire()
-        ran = False
+        landed = False
         for lane in self.lanes:
-            works = self.scheduler.schedule(lane)
-            if not works:
-                continue
-            ran = True
-            began, vision = perf_counter(), self.runner.vision_seconds
-            driver.begun(works)
-            try:
-                result = self.runner.run(lane, works)
-                if self.recorder is not None:
-                    took = self.runner.vision_seconds - vision
-                    self.recorder.record(StepRecord(lane.name, began, perf_counter(), took, step_works(works)))
-                for work in works:
-                    self.scheduler.advance(work)
-                driver.expire()  # a result that comes too late is none
-                driver.deliver(lane, result)
-            except Exception as error:  # the batch is lost, the engine is not
-                driver.lost(works, error)
-        if not ran:
+            with self.runner.on(lane):
+                while len(lane.flights) < self.runner.ahead and self._launch(lane):
+                    pass
+                landed |= self._land(lane)
+        if not landed and not self._land_first():
             driver.wait()
         self.steps += 1
         if self.recorder is not None:
@@ -264,6 +257,55 @@ class Engine:
                 assert request.reply is not None
                 self.recorder.finish(request.reply, request.submitted)
         return [request.reply for request in driver.finished if request.reply is not None]
+
+    def _launch(self, lane: Lane) -> bool:
+        """Launch a lane's next batch; whether there is one and it flies."""
+        works = self.scheduler.follow(lane) if lane.flights else self.scheduler.schedule(lane)
+        if not works or (lane.flights and not self.runner.decodes(lane, works)):
+            return False
+        began, vision = perf_counter(), self.runner.vision_seconds
+        self.driver.begun(works)
+        try:
+            result = self.runner.run(lane, works)
+        except Exception as error:  # the batch is lost, the engine is not
+            self.driver.lost(works, error)
+            return False
+        lane.flights.append(Flight(works, result, began, self.runner.vision_seconds - vision))
+        return True
+
+    def _land(self, lane: Lane) -> bool:
+        """Take in what has ended of a lane's batches, in their order; whether anything has."""
+        landed = False
+        while lane.flights and lane.flights[0].has_ended:
+            flight = lane.flights.pop(0)
+            landed = True
+            self.scheduler.landed(flight)
+            works = [work for work in flight.works if work.sequence not in flight.dropped]
+            try:
+                result = flight.result.collect()
+                if self.recorder is not None:
+                    self.recorder.record(
+                        StepRecord(lane.name, flight.began, perf_counter(), flight.vision, step_works(works))
+                    )
+                for work in works:
+                    self.scheduler.advance(work)
+                self.driver.expire()  # a result that comes too late is none
+                self.driver.deliver(lane, result, flight.dropped)
+            except Exception as error:  # the batch is lost, the engine is not
+                self.driver.lost(works, error)
+        return landed
+
+    def _land_first(self) -> bool:
+        """Wait until a batch has ended, and take it in; whether there is any."""
+        flying = [lane for lane in self.lanes if lane.flights]
+        if len(flying) == 1:
+            flying[0].flights[0].wait()
+        while flying and not any(lane.flights[0].has_ended for lane in flying):
+            sleep(0)  # lets other threads run; the wait is for a part of a step
+        for lane in flying:
+            with self.runner.on(lane):
+                self._land(lane)
+        return bool(flying)
 
     def close(self) -> None:
         """Abort what is under way and close the detectors that run outside, also for engines that share them.
@@ -277,7 +319,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `PoolCorrupted` unless every page of the pool is accounted for."""
-        self.pool.check_integrity(sequence.table.pages for sequence in self.scheduler.sequences())
+        tables = [sequence.table.pages for sequence in self.scheduler.sequences()]
+        self.pool.check_integrity([*tables, *self.scheduler.held_pages()])
 
     # Requests.
 

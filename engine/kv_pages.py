@@ -252,15 +252,14 @@ class PagePool:
     def insert(self, parent: Page | PrefixRoot, page: Page, content: tuple[int, ...]) -> Page:
         """Make an owned page findable as the continuation of `parent`.
 
-        Where the same continuation is known already, the caller's reference moves to the known page, which is
-        returned, and the caller's own page is released.
+        Where the same continuation is known already, the known page is returned, retained for the caller, who then
+        has no use for its own page and releases it.
         """
         known = parent.children.get(content)
         if known is page:
             return page
         if known is not None:
             self.retain([known])
-            self.release([page])
             return known
         page.content = content
         page.parent = parent

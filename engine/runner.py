@@ -1,52 +1,87 @@
-"""Runs a batch: images to features, tokens through the layers, hidden states to logits and scores."""
+"""Runs a batch: images to features, tokens through the layers, hidden states to logits and scores.
+
+On a GPU what it gives is on its way when it returns: every lane has a stream of its own, and `collect` waits.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import nan
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.lora import ActiveAdapters
+from ..kernels.operations import Operations
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.pooled_logit import pool_add
 from .batch import Batch, Group, build_batch, in_batch_order
+from .decoding import Decoding, Row, Shapes
 from .kv_pages import PagePool
-from .models.model import Backbone
+from .models.fused import FusedLayers, RowAdapters
+from .models.heads import IN_CONTEXT, Head
+from .models.model import Backbone, Model
 from .models.vision.features import FeatureCache
+from .sampling import sample_ids
 from .scheduler import Lane, Work
 from .sequence import Sequence
 
 IMAGES_AT_ONCE = 8
 
 
+class Arrival(NamedTuple):
+    """Scores on their way to the host, and when they, and the ids of a result, are there."""
+
+    event: torch.cuda.Event
+    scores: Tensor | None
+    scored: list[Sequence]
+
+
 @dataclass(frozen=True)
 class StepResult:
     """works: those whose next tokens are to be chosen. logits: [n, vocab], for each of them the row of its last token
-    and one for each draft. scores: P(harmless) of scored sequences whose known tokens are all computed. closed:
-    sequences whose last token was computed for their tap alone."""
+    and one for each draft. ids: their tokens, [n] int32 on the host, where they were chosen on the device; -1 where
+    the logits are no numbers. scores: P(harmless) of scored sequences whose known tokens are all computed. closed:
+    sequences whose last token was computed for their tap alone.
+
+    arrival: what has not come yet; ids and scores are undefined until `collect` gives the result without it.
+    """
 
     works: list[Work]
     logits: Tensor | None
     scores: list[tuple[Sequence, float]]
     closed: list[Sequence]
+    ids: Tensor | None = None
+    arrival: Arrival | None = None
+
+    def collect(self) -> StepResult:
+        """The result that can be read; waits for it."""
+        if self.arrival is None:
+            return self
+        event, scores, scored = self.arrival
+        event.synchronize()
+        found = [] if scores is None else list(zip(scored, scores.tolist(), strict=True))
+        return replace(self, scores=found, arrival=None)
 
 
 class ModelRunner:
     """Executes one lane's work. It decides nothing: who runs, and what the result means, is said elsewhere.
 
-    feature_bytes bounds the features of images kept for later requests.
+    models: what runs on the lanes. feature_bytes bounds the features of images kept for
+    later requests. ahead: how many batches of a lane may be under way: with two, the second is launched before the
+    host has read the first one's tokens.
     """
 
-    def __init__(self, pool: PagePool, lanes: list[Lane], feature_bytes: int) -> None:
+    def __init__(self, pool: PagePool, lanes: list[Lane], models: Mapping[str, Model], feature_bytes: int) -> None:
         self.pool = pool
         self.features = FeatureCache(feature_bytes)
         self.images_encoded = 0
-        self.seconds = 0.0  # in forward passes, vision included
+        self.seconds = 0.0  # of the host in forward passes, vision included
         self.vision_seconds = 0.0
         self._sums = {
             id(lane): torch.zeros(
@@ -56,11 +91,78 @@ class ModelRunner:
             )
             for lane in lanes
         }
+        self._cuda = lanes[0].backbone.decoder.device.type == "cuda"
+        self.ahead = 2 if self._cuda else 1
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        if self._cuda:
+            # where both want the device, the answers' lane goes before those of their guards
+            self._streams = {id(lane): torch.cuda.Stream(priority=-1 if lane is lanes[0] else 0) for lane in lanes}
+            torch.cuda.synchronize()  # weights and sums are there before other streams read them
+        self._decoding = {id(lane): found for lane in lanes if (found := self._decoding_of(lane, models)) is not None}
+
+    @torch.inference_mode()
+    def _decoding_of(self, lane: Lane, models: Mapping[str, Model]) -> Decoding | None:
+        """What runs a lane's decoding steps, where layers are fused; on a GPU with its graphs."""
+        decoder = lane.backbone.decoder
+        mine = [model for model in models.values() if model.backbone is lane.backbone]
+        whole = [model for model in mine if model.depth == decoder.depth]
+        if decoder.fused is None or decoder.head is None or not whole:
+            return None
+        operations, layout = decoder.fused.operations, whole[0].layout(self.pool.layouts[0].tokens_per_page)
+        taps = [model.depth for model in mine if model.spec is not None and model.spec.template == IN_CONTEXT]
+        adapters = [item.updates for item in lane.backbone.adapters]
+        decoding = Decoding(
+            decoder,
+            layout,
+            self.pool.layers(layout),
+            self._sums[id(lane)],
+            Shapes(lane.max_sequences, max(model.context for model in whole), taps, bool(adapters)),
+            operations.sample_ids or sample_ids,
+            len(adapters),
+            decoder.fused.stacks(adapters),
+        )
+        if self._cuda and operations.backend == "triton":
+            with self.on(lane):
+                decoding.capture()
+        return decoding
+
+    def on(self, lane: Lane) -> AbstractContextManager[object]:
+        """Within it, all that is computed is computed in the order of a lane's batches."""
+        stream = self._streams.get(id(lane))
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
 
     @torch.inference_mode()
     def run(self, lane: Lane, works: list[Work]) -> StepResult:
         """Compute the works' tokens: writes keys and values, updates running sums, returns what is finished."""
         began = perf_counter()
+        decoding = self._decoding.get(id(lane))
+        shape = None if decoding is None else decoding.shape_of(works)
+        if decoding is not None and shape is not None:
+            for work in works:
+                _begin_sum(work, self._sums[id(lane)])
+            ids = decoding.run(shape, _rows(lane, works))
+            result = StepResult(works, None, [], [], ids, self._arrival([]) if self._cuda else None)
+        else:
+            result = self._run(lane, works, decoding)
+        self.seconds += perf_counter() - began
+        return result
+
+    def decodes(self, lane: Lane, works: list[Work]) -> bool:
+        """Whether `run` can take these works before it is known which tokens they compute."""
+        decoding = self._decoding.get(id(lane))
+        return decoding is not None and decoding.shape_of(works) is not None
+
+    def _arrival(self, scores: list[tuple[Sequence, Tensor]]) -> Arrival:
+        found = None
+        if scores:
+            found = torch.empty(len(scores), pin_memory=True)
+            found.copy_(torch.stack([score for _, score in scores]), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Arrival(event, found, [sequence for sequence, _ in scores])
+
+    def _run(self, lane: Lane, works: list[Work], decoding: Decoding | None) -> StepResult:
+        """Any batch."""
         backbone = lane.backbone
         decoder = backbone.decoder
         self._encode_images(backbone, works)
@@ -70,10 +172,10 @@ class ModelRunner:
         for work in works:
             _begin_sum(work, sums)
         x = decoder.embed(batch.tokens)
-        deep = _place_features(x, works)
+        deep = _place_features(x, works, decoder.fused)
         angles = decoder.angles(batch.positions)
         active, adapters = list(batch.groups), batch.adapters
-        scores: list[tuple[Sequence, float]] = []
+        scores: list[tuple[Sequence, Tensor]] = []
         logits = None
 
         first = 0
@@ -84,16 +186,20 @@ class ModelRunner:
             first = last
             while active and active[-1].depth == last:
                 group = active.pop()
-                scores += _score(group, x, sums)
+                scores += _score(group, x, sums, decoder.fused)
                 if len(batch.logit_rows) and not active:
                     logits = decoder.logits(x[batch.logit_rows])
                 x = x[: group.start]
                 angles = decoder.angles(batch.positions[..., : group.start]) if active else None
                 adapters = adapters.first(group.start) if adapters is not None and group.start else None
-        self.seconds += perf_counter() - began
         choosing = [work for work in works if work.finishes and work.sequence.wants_logits]
         closed = [work.sequence for work in works if work.finishes and work.sequence.closing]
-        return StepResult(choosing, logits, scores, closed)
+        ids = None
+        if decoding is not None and logits is not None:
+            ids = decoding.choose(choosing, logits)
+        if self._cuda:
+            return StepResult(choosing, logits, [], closed, ids, self._arrival(scores))
+        return StepResult(choosing, logits, [(sequence, float(score)) for sequence, score in scores], closed, ids)
 
     @torch.inference_mode()
     def tapped_score(self, lane: Lane, sequence: Sequence) -> float:
@@ -139,6 +245,17 @@ class ModelRunner:
         self.vision_seconds += perf_counter() - began
 
 
+def _rows(lane: Lane, works: list[Work]) -> list[Row]:
+    """Rows of a decoding step; where a token is not known yet, the batch in flight is what chooses it."""
+    chosen = {work.sequence: row for row, work in enumerate(lane.flights[-1].result.works)} if lane.flights else {}
+    rows = []
+    for work in works:
+        sequence, start = work.sequence, work.start
+        known = start < sequence.num_tokens
+        rows.append(Row(sequence, start, sequence.tokens[start] if known else 0, -1 if known else chosen[sequence]))
+    return rows
+
+
 def _begin_sum(work: Work, sums: Tensor) -> None:
     """Set a pooled sequence's running sum to what it was before the work's first token."""
     sequence = work.sequence
@@ -170,7 +287,7 @@ class _DeepFeatures:
                 x[rows[here]] += features[layer, here]
 
 
-def _place_features(x: Tensor, works: list[Work]) -> _DeepFeatures:
+def _place_features(x: Tensor, works: list[Work], fused: FusedLayers | None) -> _DeepFeatures:
     """Overwrite the embeddings of image tokens by the images' features; returns what later layers get."""
     row = 0
     deep: list[tuple[Tensor, Tensor]] = []
@@ -181,7 +298,10 @@ def _place_features(x: Tensor, works: list[Work]) -> _DeepFeatures:
             rows = (wanted >= 0).nonzero().squeeze(1)
             features = work.sequence.features[placed.image.key][:, wanted[rows]]
             rows += row + first - work.start
-            x[rows] = features[0]
+            if fused is not None:
+                fused.operations.scatter_features(x, rows.to(x.device), features[0])
+            else:
+                x[rows] = features[0]
             if len(features) > 1 and len(rows):
                 deep.append((rows, features[1:]))
         row += work.rows
@@ -208,6 +328,13 @@ def _layers(
         ragged = [group.ragged() for group in groups]
         wanted = _wanted(batch, groups, last, len(x))
         decoder.native.run(first, last, x, angles, rows, ragged, adapters, wanted, pooled, sums)
+        return x
+    if decoder.fused is not None:
+        adapted = None
+        if adapters is not None:
+            stacks = decoder.fused.stacks([item.updates for item in backbone.adapters])
+            adapted = RowAdapters(adapters.adapter.to(x.device), stacks)
+        decoder.fused.run(first, last, x, angles, [group.fused for group in groups], adapted, pooled, sums)
         return x
     for layer in range(first, last):
         x = decoder.block(layer, x, angles, lambda index, qkv: _attend(backbone, groups, index, qkv), adapters)
@@ -251,10 +378,12 @@ def _last_rows(group: Group) -> list[int]:
     return list(accumulate((work.rows for work in group.works), initial=group.start - 1))[1:]
 
 
-def _score(group: Group, x: Tensor, sums: Tensor) -> list[tuple[Sequence, float]]:
-    """Scores of the group's scored sequences; x [rows, hidden] is the output of its last layer."""
+def _score(group: Group, x: Tensor, sums: Tensor, fused: FusedLayers | None) -> list[tuple[Sequence, Tensor]]:
+    """Scores, without a dimension, of the group's scored sequences; x [rows, hidden] is the output of its last
+    layer."""
     scores = []
-    for work, last in zip(group.works, _last_rows(group), strict=True):
+    at_once = {} if fused is None else _heads_at_once(group, x, sums, fused.operations)
+    for index, (work, last) in enumerate(zip(group.works, _last_rows(group), strict=True)):
         sequence, head = work.sequence, work.sequence.model.head
         if not sequence.scored:
             continue
@@ -267,5 +396,31 @@ def _score(group: Group, x: Tensor, sums: Tensor) -> list[tuple[Sequence, float]
             if sequence.open:
                 sequence.sums[work.stop] = total.clone()
         if work.finishes:
-            scores.append((sequence, float(head.score(pooled.unsqueeze(0)))))
+            found = at_once.get(head)
+            scores.append((sequence, head.score(pooled.unsqueeze(0))[0] if found is None else found[index]))
     return scores
+
+
+def _heads_at_once(group: Group, x: Tensor, sums: Tensor, operations: Operations) -> dict[Head, Tensor]:
+    """What the heads of scored sequences, those of one logit, say of every sequence of the group, [works] each."""
+    scored = [work.sequence for work in group.works if work.sequence.scored and work.finishes]
+    heads = {head for sequence in scored if (head := sequence.model.head) is not None and head.labels is None}
+    if not heads:
+        return {}
+    counts, starts, slots = [], [], []
+    for work, last in zip(group.works, _last_rows(group), strict=True):
+        sequence = work.sequence
+        summed = sequence.scored and sequence.pool_slot is not None
+        counts.append(work.stop - (sequence.pool_from or 0) if summed else 0)
+        # the layers have added its rows already: none are left to be added from here on
+        starts.append(last + 1 - group.start if summed else -1)
+        slots.append(sequence.pool_slot or 0)
+    count, start, slot = (torch.tensor(column, dtype=torch.int32).to(x.device) for column in (counts, starts, slots))
+    rows, first_row = x[group.start : group.stop], group.fused.tables.first_row
+    return {
+        head: operations.pooled_head(
+            *(rows, first_row, count, start, slot, sums, head.weight, head.bias, head.norm_weight, head.norm_eps),
+            head.spec.threshold,
+        )[0]
+        for head in heads
+    }

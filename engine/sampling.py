@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.sampling import SamplingRows
 from .errors import InvalidSampling
 
 MAX_LOGPROBS = 20
@@ -146,6 +147,18 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | None]:
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         out.append(Sampled(token, float(logprobs[token]), pairs))
     return out
+
+
+def sample_ids(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """The same without penalties and log-probabilities, from parameters that are tensors: ids [rows] int32, -1 where
+    there are no numbers. The reference of the kernel that does so without asking the host."""
+    columns = (column.tolist() for column in rows)
+    asked = [
+        SamplerRow(SamplingParams(heat, top_p, top_k, min_p), (), seed & _MASK, draw, position)
+        for heat, top_k, top_p, min_p, seed, draw, position in zip(*columns, strict=True)
+    ]
+    found = [-1 if item is None else item.token for item in sample(logits, asked)]
+    return torch.tensor(found, dtype=torch.int32, device=logits.device)
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 from .errors import DoesNotFit
-from .kv_pages import KVLayout, PagePool, PrefixMatch
+from .flight import Flight
+from .kv_pages import KVLayout, Page, PagePool, PrefixMatch
 from .models.model import Backbone
 from .sequence import Sequence
 
@@ -57,18 +58,24 @@ class Lane:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.free_slots = list(range(max_sequences))[::-1]
+        self.flights: list[Flight] = []  # batches launched and not landed, oldest first
+        self.blocked = False  # no one that waits can start before something ends
         self.decoding = 0  # sequences that decode in the batch scheduled last
         self.spare_rows = free_rows  # free rows that the next batch is likely to leave over
 
 
 class Scheduler:
-    """First come, first served; passes of older requests go before those of younger ones."""
+    """First come, first served; passes of older requests go before those of younger ones.
+
+    Pages that a batch in flight may still read or write are not given to others: they are held until it has landed.
+    """
 
     def __init__(self, pool: PagePool, lanes: list[Lane]) -> None:
         self.pool = pool
         self.lanes = lanes
         self._lane_of = {id(lane.backbone): lane for lane in lanes}
         self.preemptions = 0
+        self._held: list[tuple[set[Flight], list[Page]]] = []  # until these have landed
 
     def check_fits(self, layout: KVLayout, tokens: int) -> None:
         """Raise `DoesNotFit` when a sequence of this length could not run even alone."""
@@ -83,7 +90,9 @@ class Scheduler:
         return self._lane_of[id(backbone)]
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._lane(sequence).waiting, sequence, key=_urgency)
+        lane = self._lane(sequence)
+        insort(lane.waiting, sequence, key=_urgency)
+        lane.blocked = False
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished, failed or aborted; what it computed stays findable."""
@@ -97,6 +106,7 @@ class Scheduler:
         """From now on a sequence is not optional."""
         sequence.optional = False
         lane = self._lane(sequence)
+        lane.blocked = False
         for queue in (lane.waiting, lane.running):
             if sequence in queue:
                 queue.remove(sequence)
@@ -107,9 +117,13 @@ class Scheduler:
             yield from lane.running
             yield from lane.waiting
 
+    def held_pages(self) -> Iterator[list[Page]]:
+        """Block tables that have ended and whose pages a batch in flight may still use."""
+        return (pages for _, pages in self._held)
+
     def schedule(self, lane: Lane) -> list[Work]:
-        """The next batch of a lane: decoding sequences first, then chunks, then newcomers while there is room; in
-        rows that cost nothing then drafts, and at last what is optional."""
+        """The next batch of an idle lane: decoding sequences first, then chunks, then newcomers while there is room;
+        in rows that cost nothing then drafts, and at last what is optional."""
         works: list[Work] = []
         budget = lane.budget
         for sequence in sorted(lane.running, key=lambda item: (item.remaining > 1, item.order)):
@@ -125,10 +139,12 @@ class Scheduler:
             if len(lane.running) >= lane.max_sequences:
                 last = max(lane.running, key=_urgency)
                 if not last.optional:
+                    lane.blocked = True
                     break
                 self._preempt(last)
             if not self._admit(lane, sequence):
                 if not self._make_way(sequence):
+                    lane.blocked = True
                     break
                 works = [work for work in works if work.sequence.running]
                 continue
@@ -138,6 +154,42 @@ class Scheduler:
         lane.decoding = sum(work.sequence.decoding for work in works)
         lane.spare_rows = lane.free_rows - lane.decoding
         return self._add_optional(lane, self._add_drafts(lane, works))
+
+    def follow(self, lane: Lane) -> list[Work]:
+        """The decoding step behind the batch in flight, whose tokens nobody knows yet; none where it would not be
+        what `schedule` gives once they are known, but for sequences that they end: these compute a row for nothing.
+        """
+        (flight,) = lane.flights
+        if flight.result.ids is None or (lane.waiting and not lane.blocked):
+            return []
+        chosen = {work.sequence for work in flight.result.works} - flight.dropped
+        works = []
+        for sequence in lane.running:
+            if not sequence.remaining:
+                continue
+            if sequence not in chosen or sequence.optional or not sequence.device_can_choose:
+                return []
+            if sequence.pool_slot is not None:  # a row for nothing would be added to its sum
+                return []
+            if sequence.num_tokens + 1 < sequence.limit:
+                works.append(Work(sequence, sequence.num_tokens, 1))
+        if not all(self._extend(work.sequence, work.stop) for work in works):
+            return []
+        lane.decoding = len(works)
+        lane.spare_rows = lane.free_rows - lane.decoding
+        return works
+
+    def landed(self, flight: Flight) -> None:
+        """A batch has ended: what was held for it alone is free."""
+        if not self._held:
+            return
+        held, self._held = self._held, []
+        for flights, pages in held:
+            flights.discard(flight)
+            if flights:
+                self._held.append((flights, pages))
+            else:
+                self.pool.release(pages)
 
     def advance(self, work: Work) -> None:
         """Account for computed tokens, and make every page that they filled findable. Drafts do not count yet."""
@@ -154,6 +206,9 @@ class Scheduler:
         needs its last token: some kept tokens are computed once more.
         """
         sequence.cut(keep)
+        for flight in self._lane(sequence).flights:
+            if any(work.sequence is sequence and work.stop >= keep for work in flight.works):
+                self._drop(flight, sequence)
         if keep > sequence.num_computed:
             return
         pages, size = sequence.table.pages, sequence.table.layout.tokens_per_page
@@ -166,7 +221,7 @@ class Scheduler:
         sequence.rolled_back = True
         sequence.sums = {length: total for length, total in sequence.sums.items() if length <= start}
         first = sequence.table.layout.pages(start)
-        self.pool.release(pages[first:])
+        self._release(pages[first:])
         sequence.table.cut(first)
 
     def replace_tail(self, sequence: Sequence, keep: int, tokens: Many[int]) -> None:
@@ -210,6 +265,39 @@ class Scheduler:
                 spare -= count
         return works
 
+    # Below: what batches in flight still use.
+
+    def _drop(self, flight: Flight, sequence: Sequence) -> None:
+        """What a batch in flight computes of a sequence counts for nothing: it will be computed once more."""
+        flight.drop(sequence)
+        # what it adds to the running sum has to go, and a sum that it notes is of tokens that are gone
+        sequence.rolled_back = True
+        sequence.sums = {length: total for length, total in sequence.sums.items() if length <= sequence.num_computed}
+
+    def _release(self, pages: list[Page]) -> None:
+        flights = {flight for lane in self.lanes for flight in lane.flights}
+        if flights:
+            self._held.append((flights, pages))
+        else:
+            self.pool.release(pages)
+        self._unblock()
+
+    def _settle(self) -> bool:
+        """Wait until no batch uses what is held; whether anything was."""
+        if not self._held:
+            return False
+        for lane in self.lanes:
+            for flight in lane.flights:
+                flight.wait()
+        held, self._held = self._held, []
+        for _, pages in held:
+            self.pool.release(pages)
+        return True
+
+    def _unblock(self) -> None:
+        for lane in self.lanes:
+            lane.blocked = False
+
     # Below: pages of one sequence.
 
     def _lane(self, sequence: Sequence) -> Lane:
@@ -228,9 +316,11 @@ class Scheduler:
     def _publish(self, sequence: Sequence, index: int, start: int, stop: int) -> None:
         pages = sequence.table.pages
         parent = pages[index - 1] if index else sequence.root
-        page = self.pool.insert(parent, pages[index], tuple(sequence.content[start:stop]))
-        if page is not pages[index]:
+        own = pages[index]
+        page = self.pool.insert(parent, own, tuple(sequence.content[start:stop]))
+        if page is not own:
             sequence.table.replace(index, page)
+            self._release([own])
 
     def _admit(self, lane: Lane, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of all its tokens, beginning with those the pool knows already."""
@@ -243,6 +333,8 @@ class Scheduler:
         room = layout.pages(sequence.limit) - known
         needed = layout.pages(sequence.num_tokens) - known
         fresh = pool.allocate(layout, needed, after, room)
+        if fresh is None and self._settle():
+            fresh = pool.allocate(layout, needed, after, room)
         if fresh is None and match.partial is not None:
             # the page to copy from may be the very one that is missing
             pool.release([match.partial])
@@ -279,6 +371,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens in all, preempting the least urgent until there are enough."""
         while not self._extend(sequence, tokens):
+            if self._settle():
+                continue
             victim = max((item for lane in self.lanes for item in lane.running), key=_urgency)
             self._preempt(victim)
             if victim is sequence:
@@ -312,7 +406,9 @@ class Scheduler:
         index, rest = divmod(sequence.num_computed, size)
         if rest:
             self._publish(sequence, index, index * size, sequence.num_computed)
-        self.pool.release(sequence.table.pages)
+        for flight in lane.flights:
+            self._drop(flight, sequence)
+        self._release(sequence.table.pages)
         sequence.table = type(sequence.table)(sequence.table.layout)
         sequence.num_computed = 0
         sequence.rolled_back = False

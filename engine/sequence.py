@@ -39,10 +39,12 @@ class BlockTable:
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.pages: list[Page] = []
+        self.version = 0  # counts changes
         self._runs: list[tuple[int, int]] = []  # (first row, rows)
 
     def extend(self, pages: list[Page]) -> None:
         size = self.layout.tokens_per_page
+        self.version += 1
         for page in pages:
             if self._runs and sum(self._runs[-1]) == page.row:
                 row, count = self._runs.pop()
@@ -148,6 +150,19 @@ class Sequence:
     @property
     def wants_logits(self) -> bool:
         return (self.sampling is not None or bool(self.words)) and not self.closing
+
+    @property
+    def device_can_choose(self) -> bool:
+        """Whether the device can choose its next token: not where that depends on what was said before, or where more
+        than the token is asked for, or where guesses are checked."""
+        params = self.sampling
+        return (
+            params is not None
+            and not self.closing
+            and self.drafter is None
+            and params.repetition_penalty == 1.0
+            and params.logprobs is None
+        )
 
     @property
     def reusable(self) -> int:

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import native
+from ...kernels import backend, native
 from ...kernels.huge_pages import collapse, prefer
 from ...kernels.linear import Linear
 from ...kernels.lora import ActiveAdapters
+from ...kernels.operations import Operations
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import rope_, rope_angles
 from ...kernels.swiglu import geglu, swiglu
 from ..errors import UnknownArchitecture
 from .bundles import default_cache
+from .fused import FusedLayers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
 # The language models inside vision-language models that are one of these, and how their rotary frequencies are dealt
@@ -135,11 +137,11 @@ class DecoderConfig:
 class DecoderLayer:
     """The weights of one block; queries, keys and values are one map.
 
-    Gate and up stay apart: as one map of 3072 x 576 in bf16 oneDNN takes 310 us for them on two cores, as two of
-    1536 x 576 it takes 2 x 110.
+    Gate and up stay apart on the CPU: as one map of 3072 x 576 in bf16 oneDNN takes 310 us for them on two cores, as
+    two of 1536 x 576 it takes 2 x 110. fused: they are one map, `wide`, of which `gate` and `up` are views.
     """
 
-    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype, fused: bool) -> None:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
@@ -155,8 +157,15 @@ class DecoderLayer:
         self.post_norm = empty(hidden)
         self.attention_norm = empty(hidden) if config.output_norms else None  # of what attention adds
         self.ffn_norm = empty(hidden) if config.output_norms else None  # of what the MLP adds
-        self.gate_up = empty(2 * config.ffn_size, hidden) if config.fused_maps else None  # until it is packed
-        if self.gate_up is not None:
+        # as checkpoints hold them, until they are packed
+        self.gate_up = empty(2 * config.ffn_size, hidden) if config.fused_maps else None
+        self.wide: Linear | None = None
+        if fused:
+            both = self.gate_up if self.gate_up is not None else empty(2 * config.ffn_size, hidden)
+            self.wide = Linear(both, empty(2 * config.ffn_size) if config.mlp_bias else None)
+            biases = (None, None) if self.wide.bias is None else self.wide.bias.chunk(2)
+            self.gate, self.up = (Linear(*half) for half in zip(both.chunk(2), biases, strict=True))
+        elif self.gate_up is not None:
             self.gate, self.up = (Linear(half) for half in self.gate_up.chunk(2))
         else:
             self.gate = linear(config.ffn_size, hidden, config.mlp_bias)
@@ -172,6 +181,8 @@ class DecoderLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
+        if self.wide is not None:
+            return (self.qkv, self.o, self.wide, self.down)
         return (self.qkv, self.o, self.gate, self.up, self.down)
 
     def packed(self, window: int | None) -> native.LayerWeights:
@@ -203,7 +214,8 @@ class Decoder:
         self.dtype = dtype
         self.depth = config.layers if depth is None else depth
         self.embedding = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
-        self.layers = [DecoderLayer(config, device, dtype) for _ in range(self.depth)]
+        kernels = backend.fused(device)
+        self.layers = [DecoderLayer(config, device, dtype, kernels is not None) for _ in range(self.depth)]
         full = self.depth == config.layers
         self.norm = torch.empty(config.hidden_size, device=device, dtype=dtype) if full else None
         self.head: Linear | None = None
@@ -211,6 +223,10 @@ class Decoder:
             weight = self.embedding if config.tied else torch.empty_like(self.embedding)
             self.head = Linear(weight)
         self.native: native.NativeLayers | None = None
+        self.fused: FusedLayers | None = None
+        if kernels is not None:
+            self.fused = FusedLayers(config, self.layers, Operations.of(kernels))
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))  # rounded as in training
         self._rotary = _rotary_tables(config, device)
         self._rope_axes = torch.tensor(config.rope_axes or (), dtype=torch.long, device=device)
 
@@ -247,7 +263,8 @@ class Decoder:
     def freeze(self) -> None:
         """Call once, when the slots are filled: packs the weights, one matrix at a time, into huge pages.
 
-        Where the native kernels work, `native` runs whole layers from then on; `block` goes on working.
+        Where the native kernels work and layers are not fused, `native` runs whole layers from then on; `block` goes
+        on working.
         """
         if self.config.unit_norms:
             for layer in self.layers:
@@ -257,7 +274,8 @@ class Decoder:
             layer.gate_up = None
         linears = [linear for layer in self.layers for linear in layer.linears]
         linears += [] if self.head is None else [self.head]
-        library = native.load(default_cache()) if all(native.can_pack(linear.weight) for linear in linears) else None
+        fits = self.fused is None and all(native.can_pack(linear.weight) for linear in linears)
+        library = native.load(default_cache()) if fits else None
         if not isinstance(library, native.Native):
             for linear in linears:
                 linear.pack()
@@ -284,8 +302,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""
         x = self.embedding[tokens]
-        # the scale is rounded to the dtype, as Gemma's was in training
-        return x if self.config.embedding_scale == 1.0 else x.mul_(x.new_tensor(self.config.embedding_scale))
+        return x if self._embedding_scale == 1.0 else x.mul_(self._embedding_scale)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [n], or [3, n] for an M-RoPE with rows of images -> (cos, sin) [n, tables, head_dim], one of each
@@ -350,7 +367,10 @@ class Decoder:
         """x [n, hidden], the output of the last layer -> [n, vocab] in the model's dtype."""
         assert self.head is not None and self.norm is not None, "this decoder has no output matrix"
         config = self.config
-        logits = self.head.after_norm(x, self.norm, config.norm_eps)
+        if self.fused is not None:
+            logits = self.head(self.fused.operations.add_rms_norm(x, None, self.norm, config.norm_eps))
+        else:
+            logits = self.head.after_norm(x, self.norm, config.norm_eps)
         if config.logit_divisor != 1.0:
             logits = logits / config.logit_divisor
         if config.logit_cap is not None:

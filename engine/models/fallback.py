@@ -18,6 +18,7 @@ from ...kernels.lora import ActiveAdapters
 from ...kernels.native import NativeLayers
 from ..errors import UnknownArchitecture
 from .decoder import ATTEND
+from .fused import FusedLayers
 
 ATTENTION = "stockade_paged"
 # What attention may be called with that changes nothing for causal attention over pages.
@@ -98,10 +99,11 @@ class _Station(nn.Module):
 
 
 class FallbackDecoder:
-    """A loaded model, with the methods of `Decoder` that a runner calls. It has no native kernels, and adapters are
-    merged into its weights before it is made."""
+    """A loaded model, with the methods of `Decoder` that a runner calls. It has no native or fused layers, and
+    adapters are merged into its weights before it is made."""
 
     native: NativeLayers | None = None
+    fused: FusedLayers | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a model over: its list of layers and its attention are replaced.

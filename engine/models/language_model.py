@@ -10,6 +10,7 @@ from torch import Tensor
 from ...kernels.lora import ActiveAdapters
 from ...kernels.native import NativeLayers
 from .decoder import ATTEND
+from .fused import FusedLayers
 
 
 class LanguageModelConfig(Protocol):
@@ -40,8 +41,9 @@ class LanguageModelConfig(Protocol):
 class LanguageModel(Protocol):
     """A ragged batch goes through `embed`, `block` for each layer below its depth, and `logits`.
 
-    depth: how many layers there are. head: the output matrix over the vocabulary, None without one. native: what
-    runs several layers at once where it can. way_of_running: all that keys and values depend on beside the weights.
+    depth: how many layers there are. head: the output matrix over the vocabulary, None without one. native, fused:
+    what runs several layers at once, where there is such. way_of_running: all that keys and values depend on beside
+    the weights.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class LanguageModel(Protocol):
     depth: int
     head: Any
     native: NativeLayers | None
+    fused: FusedLayers | None
 
     @property
     def config(self) -> LanguageModelConfig: ...

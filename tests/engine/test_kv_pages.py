@@ -167,7 +167,10 @@ class Pages(RuleBasedStateMachine):
     def publish(self, text: Text, index: int, stop: int) -> None:
         start = index * text.layout.tokens_per_page
         parent = text.pages[index - 1] if index else self.pool.root(text.layout, "weights", text.salt)
-        text.pages[index] = self.pool.insert(parent, text.pages[index], tuple(text.tokens[start:stop]))
+        own = text.pages[index]
+        text.pages[index] = self.pool.insert(parent, own, tuple(text.tokens[start:stop]))
+        if text.pages[index] is not own:
+            self.pool.release([own])
         self.published.setdefault((text.layout, text.salt), []).append(text.tokens[:stop])
 
     @invariant()
@@ -267,6 +270,7 @@ def test_equal_texts_end_up_on_one_page() -> None:
     first, second = pool.allocate(WIDE, 2) or []
     assert pool.insert(root, first, (1, 2, 3, 4)) is first
     assert pool.insert(root, second, (1, 2, 3, 4)) is first
+    pool.release([second])
     assert first.refs == 2 and pool.owned_pages == 1
     pool.check_integrity([[first], [first]])
 

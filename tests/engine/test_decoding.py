@@ -1,0 +1,155 @@
+"""Decoding steps over static buffers: which shape a batch is rounded up to, and what the buffers then hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stockade.engine.decoding import Decoding, Row, Shape, Shapes
+from stockade.engine.engine import Engine
+from stockade.engine.models.loader import ModelSet, load_models
+from stockade.engine.sampling import SamplingParams, sample_ids
+from stockade.engine.scheduler import Work
+from stockade.kernels import backend
+from stockade.kernels.sampling import SamplingRows
+from tests.engine.screened import engine_of
+
+SEEDED = SamplingParams(
+    max_tokens=40, ignore_eos=True, temperature=0.7, top_p=0.9, top_k=7, min_p=0.05, seed=(1 << 64) - 3
+)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint: Callable[[str], Path]) -> ModelSet:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backend.VARIABLE, "reference")
+        return load_models(checkpoint("llama-gqa"), dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def decoding_of(engine: Engine) -> Decoding:
+    return engine.runner._decoding[id(engine.lanes[0])]
+
+
+def started(models: ModelSet, *params: SamplingParams, length: int = 20) -> tuple[Engine, list[Work]]:
+    """An engine whose next batch decodes one sequence for each of the parameters."""
+    engine = engine_of(models)
+    for index, one in enumerate(params):
+        engine.submit_prompt(list(range(5 + index, 5 + index + length + index)), one)
+    engine.step()
+    return engine, engine.scheduler.schedule(engine.lanes[0])
+
+
+def test_shapes_are_few_and_cover_every_batch() -> None:
+    shapes = Shapes(100, 5000, [2, 2])
+    assert shapes.rows == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 100]
+    assert shapes.lengths == [1024, 4096, 5000]
+    assert shapes.fitting(3, 1024, None) == Shape(4, 1024, None)
+    assert shapes.fitting(9, 1025, 2) == Shape(16, 4096, 2)
+    assert shapes.fitting(100, 5000, None) == Shape(100, 5000, None)
+    every = shapes.all()
+    assert every[0][:2] == (100, 5000) and len(every) == len(set(every)) == 13 * 3 * 2
+    assert Shapes(1, 512).all() == [Shape(1, 512)]
+    assert Shapes(1, 512, adapters=True).all() == [Shape(1, 512), Shape(1, 512, None, True)]
+
+
+def test_buffers_hold_each_row_and_padding_that_touches_nothing(models: ModelSet) -> None:
+    engine, works = started(models, SEEDED, SamplingParams(max_tokens=40, ignore_eos=True), SEEDED)
+    decoding = decoding_of(engine)
+    columns = decoding._buffers.columns
+    for column in columns:
+        column.fill_(-7)
+    shape = decoding.shape_of(works)
+    assert shape == Shape(4, 512, None)
+    rows = [Row(work.sequence, work.start, work.tokens[0], -1) for work in works]
+    decoding._buffers.fill(0, rows, 4)
+    for index, work in enumerate(works):
+        sequence = work.sequence
+        assert int(columns.token[index]) == sequence.tokens[-1]
+        assert int(columns.position[index]) == work.start == sequence.num_tokens - 1
+        assert int(columns.length[index]) == sequence.num_tokens
+        pages = [page.row for page in sequence.table.pages]
+        assert columns.pages[index, : len(pages)].tolist() == pages
+        assert int(columns.write_row[index]) == pages[work.start // 16] + work.start % 16
+        assert int(columns.draw[index]) == sequence.num_tokens - sequence.prompt_tokens
+        params = sequence.sampling
+        assert params is not None
+        assert float(columns.temperature[index]) == params.temperature
+        assert float(columns.top_p[index]) == params.top_p
+        assert (int(columns.top_k[index]), float(columns.min_p[index])) == (params.top_k, params.min_p)
+        assert int(columns.seed[index]) % (1 << 64) == sequence.seed
+    assert columns.first_row[:5].tolist() == [0, 1, 2, 3, 3]
+    padding = [int(getattr(columns, name)[3]) for name in ("write_row", "length", "source", "slot")]
+    assert padding == [-1, 0, -1, -1]
+    assert columns.pages[4].eq(-7).all()  # pages behind the batch do not travel
+
+
+def test_a_row_is_written_anew_for_another_sequence_and_for_a_new_page(models: ModelSet) -> None:
+    """The host's two buffers take turns, and each keeps what it wrote."""
+    engine, _ = started(models, SEEDED, SamplingParams(max_tokens=40, ignore_eos=True))
+    decoding = decoding_of(engine)
+    columns = decoding._buffers.columns
+    lane = engine.lanes[0]
+    seen = set()
+    for _ in range(30):
+        works = engine.scheduler.schedule(lane)
+        if len(works) < 2:
+            break
+        for order in (works, works[::-1], works):
+            rows = [Row(work.sequence, work.start, work.tokens[0], -1) for work in order]
+            decoding.run(Shape(2, 512, None), rows)
+            for index, work in enumerate(order):
+                pages = [page.row for page in work.sequence.table.pages]
+                assert columns.pages[index, : len(pages)].tolist() == pages
+                assert int(columns.seed[index]) % (1 << 64) == work.sequence.seed
+                seen.add(len(pages))
+        engine.step()
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"repetition_penalty": 1.2}, {"logprobs": 0}, {"draft_tokens": 3}],
+    ids=lambda params: next(iter(params)),
+)
+def test_what_the_device_cannot_choose_goes_another_way(models: ModelSet, params: dict[str, Any]) -> None:
+    engine, works = started(
+        models, SamplingParams(max_tokens=40, ignore_eos=True), SamplingParams(max_tokens=40, **params)
+    )
+    assert decoding_of(engine).shape_of(works) is None
+    assert decoding_of(engine).shape_of(works[:1]) is not None
+    assert engine.runner.run(engine.lanes[0], works).ids is None
+
+
+def test_chunks_go_another_way_but_their_tokens_are_chosen_on_the_device(models: ModelSet) -> None:
+    engine = engine_of(models)
+    engine.submit_prompt(list(range(5, 30)), SEEDED)
+    works = engine.scheduler.schedule(engine.lanes[0])
+    assert decoding_of(engine).shape_of(works) is None
+    assert engine.runner.run(engine.lanes[0], works).ids is not None
+
+
+def test_rows_without_numbers_have_no_token_and_others_are_as_they_were() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = float("nan")
+    rows = SamplingRows(
+        torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64),
+        torch.tensor([0, 0, 5], dtype=torch.int32),
+        torch.ones(3, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([0, 1, -3]),
+        torch.zeros(3, dtype=torch.int32),
+        torch.tensor([0, 4, 9], dtype=torch.int32),
+    )
+    ids = sample_ids(logits, rows).tolist()
+    assert ids[:2] == [int(logits[0].argmax()), -1]
+    assert ids[2] in logits[2].topk(5).indices.tolist()
