@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from itertools import cycle
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from ..engine.models.decoder import Decoder, DecoderConfig
 from ..kernels import native
 from ..kernels.backend import chosen
 from ..kernels.linear import Linear, can_pack
-from ..kernels.lora import LowRank, add_low_rank_, low_rank_reference
+from ..kernels.lora import LowRank, add_low_rank_, low_rank_reference, stacked
 from ..kernels.native import Native, RaggedGroup, RaggedSequence
 from ..kernels.paged_attention import (
     LayerKV,
@@ -38,7 +40,7 @@ from ..kernels.swiglu import swiglu
 from .roofline import Shape, Work
 
 OPERATIONS = (
-    *("rms_norm", "rope", "swiglu", "linear", "lora", "pool_add", "pooled_logit", "pooled_head"),
+    *("rms_norm", "rope", "rope_write", "swiglu", "linear", "lora", "pool_add", "pooled_logit", "pooled_head"),
     *("attention_decode", "attention_prefill", "layer"),
 )
 REFERENCE = "reference"
@@ -122,7 +124,8 @@ class Cases:
             {
                 REFERENCE: lambda: rms_norm_reference(x, weight, EPS),
                 "torch": lambda: rms_norm(x, weight, EPS),
-            },
+            }
+            | self._triton("add_rms_norm", x, None, weight, EPS),
         )
 
     def rope(self, rows: int) -> Case:
@@ -141,6 +144,49 @@ class Cases:
             },
         )
 
+    def rope_write(self, rows: int) -> Case:
+        """Queries and keys rotated, keys and values written to the pool; in place: every run turns them on."""
+        shape = self.shape
+        half, dim = shape.kv_heads, shape.head_dim
+        qkv, cache = self._random(rows, shape.heads + 2 * half, dim), self._cache(2 * rows)
+        places = torch.arange(rows, device=self.device) + rows // 2
+        frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=self.device) / dim)
+        cos, sin = rope_angles(torch.arange(rows, device=self.device) + 40, frequencies, 1.0, self.dtype)
+
+        def plain(x: Tensor, rotate: Callable[[Tensor], Tensor]) -> None:
+            turned = rotate(x[:, : shape.heads + half])
+            kept = torch.cat((turned[:, shape.heads :], x[:, shape.heads + half :]), 1)
+            write_kv(cache, places, kept)
+            x[:, : shape.heads] = turned[:, : shape.heads]
+
+        def way(run: Callable[[Tensor], object]) -> Way:
+            changed = qkv.clone()
+
+            def result() -> Tensor:
+                run(fresh := qkv.clone())
+                return torch.cat((fresh[:, : shape.heads], cache.kv[:, places].transpose(0, 1)), 1)
+
+            return Way(lambda: run(changed), result)
+
+        ways = {
+            REFERENCE: way(lambda x: plain(x, lambda part: rope_reference(part, cos, sin))),
+            "torch": way(lambda x: plain(x, lambda part: rope_(part, cos, sin))),
+        }
+        if self.triton:
+            from ..kernels.triton.rope_write import rope_write  # there is no Triton everywhere
+
+            ways["triton"] = way(lambda x: rope_write(x, cos, sin, cache, places))
+        exact = torch.cat(
+            (rope_reference(qkv[:, : shape.heads + half].double(), cos.double(), sin.double()), qkv[:, -half:]), 1
+        )
+        moved = (2 * shape.heads + 4 * half) * rows * dim + cos.numel()
+        return Case(
+            *("rope_write", f"{rows} x {shape.heads + 2 * half} x {dim}"),
+            Work(self._bytes(moved), 3.0 * rows * (shape.heads + half) * dim, 1),
+            lambda: exact,
+            ways,
+        )
+
     def swiglu(self, rows: int) -> Case:
         gate, up = self._random(rows, self.shape.ffn), self._random(rows, self.shape.ffn)
         return self._case(
@@ -149,7 +195,8 @@ class Cases:
             {
                 REFERENCE: lambda: gate * torch.sigmoid(gate) * up,
                 "torch": lambda: swiglu(gate, up),
-            },
+            }
+            | self._triton("gated", gate, up),
         )
 
     def linear(self, rows: int) -> Case:
@@ -183,18 +230,28 @@ class Cases:
         changed = y.clone()
         adapted = [0] * rows
 
-        def result() -> Tensor:
-            add_low_rank_(fresh := y.clone(), x, slice(0, rows), update)
+        def result(add: Callable[[Tensor], object]) -> Tensor:
+            add(fresh := y.clone())
             return fresh
 
+        def torchs(into: Tensor) -> None:
+            add_low_rank_(into, x, slice(0, rows), update)
+
+        ways = {
+            REFERENCE: _way(lambda: y + (x.to(kept) @ update.a @ update.b).to(self.dtype)),
+            "torch": Way(lambda: torchs(changed), lambda: result(torchs)),
+        }
+        if self.triton and (stack := stacked([update])) is not None:
+            from ..kernels.triton.lora import add_low_rank  # there is no Triton everywhere
+
+            who = torch.zeros(rows, dtype=torch.int32, device=self.device)
+            turned = partial(add_low_rank, x=x, adapter=who, stack=stack)
+            ways["triton"] = Way(lambda: turned(changed), lambda: result(turned))
         return Case(
             *("lora", f"{rows} x {width}, rank {RANK}"),
             Work(2 * width * RANK * kept.itemsize + self._bytes(3 * rows * width), 4.0 * rows * width * RANK, 1),
             lambda: low_rank_reference(y, x, adapted, [update]),
-            {
-                REFERENCE: _way(lambda: y + (x.to(kept) @ update.a @ update.b).to(self.dtype)),
-                "torch": Way(lambda: add_low_rank_(changed, x, slice(0, rows), update), result),
-            },
+            ways,
         )
 
     def pool_add(self, rows: int) -> Case:
@@ -417,6 +474,13 @@ class Cases:
             slot.copy_(self._random(*slot.shape) * self.shape.hidden**-0.5)
         decoder.freeze()
         return decoder
+
+    def _triton(self, operation: str, *args: object) -> dict[str, Callable[[], Tensor]]:
+        """The operation of that name in `kernels.triton`, where it runs."""
+        if not self.triton:
+            return {}
+        module = import_module(f"..kernels.triton.{operation}", __package__)
+        return {"triton": _bound(getattr(module, operation), *args)}
 
     @property
     def _row(self) -> int:

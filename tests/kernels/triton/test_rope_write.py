@@ -117,7 +117,7 @@ def check(step: Step, device: torch.device) -> None:
     assert torch.equal(here.qkv[padding].cpu(), step.qkv[padding])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (9, 3), (4, 4), (14, 2)]),
     dim=st.sampled_from([64, 80, 96, 100, 112, 128, 256]),
