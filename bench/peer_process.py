@@ -19,6 +19,7 @@ PROGRAMS = {
     "transformers": "with_transformers.py",
     "llama.cpp": "with_llama_cpp.py",
     "openvino": "with_openvino.py",
+    "vllm": "with_vllm.py",
     "url": "with_url.py",
 }
 PACKAGES = {"llama.cpp": "xllamacpp", "openvino": "openvino-genai"}

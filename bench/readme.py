@@ -1,4 +1,4 @@
-"""The README's tables of measurements, between markers, and its pictures: made from documents by one command.
+"""A README's tables of measurements, between markers, and its pictures: made from documents by one command.
 
 `<!-- bench: NAME -->` … `<!-- /bench -->` holds what NAME.json says; `<!-- bench: NAME N -->` only its table number
 N, counted from 0.
@@ -15,6 +15,7 @@ from .pictures import pictures
 from .result_tables import provenance, tables
 
 _BLOCK = re.compile(r"(<!-- bench: (?P<name>[\w.-]+)(?: (?P<number>\d+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_PICTURE = re.compile(r"!\[[^\]]*\]\(((?:[^)]*/)?bench-[^)/]+\.png)\)")
 
 
 def filled(text: str, documents: Mapping[str, Document]) -> str:
@@ -37,15 +38,22 @@ def filled(text: str, documents: Mapping[str, Document]) -> str:
     return _BLOCK.sub(block, text)
 
 
-def write_readme(readme: Path, documents: Mapping[str, Document], data: Path) -> list[Path]:
-    """Make tables and pictures anew; returns the pictures' files in `data`, `bench-NAME-PICTURE.png`. Raises
-    `BadDocument`, ImportError without matplotlib, and OSError."""
+def write_readme(readme: Path, documents: Mapping[str, Document]) -> list[Path]:
+    """Make tables, and the pictures that the text shows, anew; returns the pictures' files. A picture is a link to
+    `bench-NAME-PICTURE.png`, NAME that of a document. Raises `BadDocument`, ImportError without matplotlib, and
+    OSError."""
     text = filled(readme.read_text(encoding="utf-8"), documents)
+    known = {
+        f"bench-{name}-{picture.name}.png": picture
+        for name, document in documents.items()
+        for picture in pictures(document)
+    }
     written = []
-    for name, document in documents.items():
-        for picture in pictures(document):
-            file = data / f"bench-{name}-{picture.name}.png"
-            file.write_bytes(picture.png())
-            written.append(file)
+    for shown in _PICTURE.findall(text):
+        file = readme.parent / shown
+        if file.name not in known:
+            raise BadDocument(f"the README shows {file.name}; there are {', '.join(known) or 'no pictures'}")
+        file.write_bytes(known[file.name].png())
+        written.append(file)
     readme.write_text(text, encoding="utf-8")
     return written

@@ -143,9 +143,7 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown, too.")] = False,
     readme: Annotated[
         Path | None,
-        typer.Option(
-            help="Make what stands between `bench` markers in it anew, and bench/data/bench-*.png beside it."
-        ),
+        typer.Option(help="Make what stands between `bench` markers in it anew, and the bench-*.png that it shows."),
     ] = None,
 ) -> None:
     """A page with tables and pictures of all runs in a folder; what changed against another; the README's tables."""
@@ -165,7 +163,7 @@ def report(
             raise BadDocument(f"{against} and {folder} have no file of the same name to compare")
     with _matplotlib():
         if readme is not None:
-            written = write_readme(readme, documents, readme.parent / "bench" / "data")
+            written = write_readme(readme, documents)
             console.print(f"Written: {readme} and {len(written)} pictures")
         if readme is None or out is not None:
             target = out or folder / "report.html"
@@ -188,7 +186,7 @@ def peers(
         list[str] | None,
         typer.Option(
             help="NAME, NAME=PYTHON (the interpreter that has its package) or url=http://HOST:PORT; repeatable. "
-            "Names: stockade, transformers, llama.cpp, openvino. (default: stockade, transformers)"
+            "Names: stockade, transformers, llama.cpp, openvino, vllm. (default: stockade, transformers)"
         ),
     ] = None,
     gguf: Annotated[Path | None, typer.Option(help="The weights as GGUF. (default: made from the model)")] = None,

@@ -139,6 +139,32 @@ def _serve(document: Document) -> Iterable[ResultTable]:
     yield ResultTable(f"What the server costs: {_model(document)}", headings, rows, " ".join(notes))
 
 
+def _peers(document: Document) -> Iterable[ResultTable]:
+    names = ("first_token_ms", "per_token_ms", "answer_ms", "judge_ms", "score_ms")
+    rows = [
+        (
+            f"{row['peer']} {row['version']}",
+            *("not done" if row[name] is None else _number(row[name]["median"]) for name in names),
+            row["same_as_first"],
+        )
+        for row in document.rows
+    ]
+    settings = document.settings
+    title = f"{_model(document)}, {settings['threads']} threads, {settings['prompt_tokens']} tokens in, "
+    headings = ("peer", "first token ms", "ms a token", "whole answer ms", "ECSO's judge adds ms")
+    why = [
+        f"{row['peer']}: no {what}, {reason}."
+        for row in document.rows
+        for what, reason in (row["not_done"] or {}).items()
+    ]
+    yield ResultTable(
+        f"{title}{settings['answer_tokens']} out, n = {settings['repeats']}, medians",
+        (*headings, "detector after it ms", "the same as the first one's"),
+        rows,
+        " ".join(why),
+    )
+
+
 def _onnx(document: Document) -> Iterable[ResultTable]:
     seconds = document.more.get("seconds", [])
     columns = [name for name in (seconds[0] if seconds else {}) if name not in ("batch", "tokens")]
@@ -288,6 +314,7 @@ _KINDS: dict[str, Callable[[Document], Iterable[ResultTable]]] = {
     "overhead": _overhead,
     "decode": _decode,
     "serve": _serve,
+    "peers": _peers,
     "onnx": _onnx,
     "latency": _latency,
     "throughput": _throughput,

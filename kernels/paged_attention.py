@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .ragged import RaggedTables
 
+TILE_ROWS, TILE_COLUMNS = 32, 64
+
 
 class LayerKV(NamedTuple):
     """One layer's keys and values in the pool, as views; a row is a token's place.
@@ -140,16 +142,36 @@ def _attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> t
 
 def _prefill(q: Tensor, cache: LayerKV, span: SequenceSpan, scale: float) -> Tensor:
     keys, values = _gathered(cache, span.runs)
+    queries, mask = q.transpose(0, 1).unsqueeze(0), span.mask
+    if q.device.type == "cpu" and q.dtype is not torch.float32:
+        queries, keys, values, mask = _in_tiles(queries, keys, values, mask)
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
+        queries,
         keys,
         values,
-        attn_mask=span.mask,
-        is_causal=span.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[1] != keys.shape[1],
     )
-    return out.squeeze(0).transpose(0, 1).reshape(span.length, -1)
+    return out[0, :, : span.length].transpose(0, 1).reshape(span.length, -1)
+
+
+def _in_tiles(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with rows and context filled up to whole tiles, which nobody sees.
+
+    On CPUs with AMX torch compiles a kernel for every shape of its blocks and keeps all of them: a process that meets
+    ever new lengths grows by 15 KB with each.
+    """
+    count, context = q.shape[2], keys.shape[2]
+    if mask is None:
+        mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril()
+    rows, columns = -count % TILE_ROWS, -context % TILE_COLUMNS
+    q = F.pad(q, (0, 0, 0, rows))
+    keys, values = (F.pad(side, (0, 0, 0, columns)) for side in (keys, values))
+    mask = F.pad(mask, (0, columns, 0, rows))
+    mask[count:, 0] = True  # a row that sees nothing has no softmax
+    return q, keys, values, mask
 
 
 def _gathered(cache: LayerKV, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:

@@ -199,9 +199,8 @@ def test_the_command_writes_page_pictures_and_readme_and_refuses_other_folders(t
         folder.mkdir()
     decoding(90.0).write(results / "decode.json")
     decoding().write(before / "decode.json")
-    (tmp_path / "bench" / "data").mkdir(parents=True)
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench: decode -->\n<!-- /bench -->\n")
+    readme.write_text("<!-- bench: decode -->\n<!-- /bench -->\n![fast](results/bench-decode-decode.png)\n")
 
     def run(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["report", *arguments], catch_exceptions=False)
@@ -213,7 +212,7 @@ def test_the_command_writes_page_pictures_and_readme_and_refuses_other_folders(t
     assert (tmp_path / "png" / "decode-decode.png").exists()
     assert "| batch 1 | 3 | 90.0 |" in run(str(results), "--markdown", "--readme", str(readme))
     assert "| batch 1 | 3 | 90.0 |" in readme.read_text()
-    assert (tmp_path / "bench" / "data" / "bench-decode-decode.png").exists()
+    assert (results / "bench-decode-decode.png").exists()
     for wrong in ([str(empty)], [str(tmp_path / "nowhere")], [str(results), "--against", str(empty)]):
         with pytest.raises(BadDocument):
             run(*wrong)
@@ -222,13 +221,15 @@ def test_the_command_writes_page_pictures_and_readme_and_refuses_other_folders(t
         run(str(empty))
 
 
-def test_pictures_go_where_the_readme_can_show_them(tmp_path: Path):
+def test_only_pictures_that_a_readme_shows_are_made(tmp_path: Path):
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
-    readme.write_text("nothing to fill\n")
-    written = write_readme(readme, {"run": capacity()}, tmp_path)
-    assert [file.name for file in written] == ["bench-run-capacity-price.png", "bench-run-capacity.png"]
-    assert readme.read_text() == "nothing to fill\n"
+    text = "![a](bench-run-capacity.png) ![b](elsewhere/bench.png) [c](bench-run-capacity-price.png)\n"
+    readme.write_text(text)
+    assert write_readme(readme, {"run": capacity()}) == [tmp_path / "bench-run-capacity.png"]
+    assert readme.read_text() == text
+    with pytest.raises(BadDocument, match=r"shows bench-run-capacity\.png; there are bench-other"):
+        write_readme(readme, {"other": capacity()})
 
 
 def test_a_table_never_breaks_out_of_its_cells():

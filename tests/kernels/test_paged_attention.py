@@ -133,6 +133,33 @@ def test_bf16_is_no_worse_than_pytorch(cap: float | None, dim: int, count: int, 
     assert (got - exact).norm() <= error * (1.5 if merged else 1.1)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_16_bit_prefills_of_any_length_meet_few_shapes(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a kernel for every shape that it has met, see `paged_attention._in_tiles`."""
+    shapes = set()
+    attention = F.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, keys: torch.Tensor, *others: object, **named: object) -> torch.Tensor:
+        shapes.add((q.shape[2], keys.shape[2]))
+        return attention(q, keys, *others, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    generator = torch.Generator().manual_seed(0)
+    for count, context in ((2, 2), (31, 31), (2, 33), (33, 40), (32, 64), (3, 100), (60, 101)):
+        cache = cache_of(2, 64, torch.bfloat16)
+        kv = torch.randn(context, 4, 64, generator=generator).bfloat16()
+        q = torch.randn(count, 4, 64, generator=generator).bfloat16()
+        first = 0 if window is None else max(0, context - count - window + 1)
+        runs = cut(context, [17], 3)
+        store(cache, runs, kv)
+        span = SequenceSpan(0, count, clip(runs, first), causal_mask(count, context - first, window, CPU))
+        got = paged_attention(q, cache, [span], 0.125)
+        keys, values = kv.transpose(0, 1).split(2)
+        want = attention_reference(q, keys, values, 0.125, window)
+        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    assert shapes <= {(rows, columns) for rows in (32, 64) for columns in (64, 128)}
+
+
 def test_writing_touches_the_named_rows_only() -> None:
     cache = cache_of(2, 100, torch.bfloat16, padded=104)
     kv = torch.randn(3, 4, 100, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -171,6 +171,6 @@ def test_the_command_shows_the_table_and_one_checkpoint(tmp_path: Path, checkpoi
 
 def test_the_readme_has_this_table() -> None:
     prompts = {name: prompt.model for name, prompt in TEMPLATES.items()}
-    text = (Path(__file__).parents[2] / "engine/models/README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- models -->\n")[2].partition("\n<!-- /models -->")[0]
     assert shown == markdown([*rows(), *guard_rows(prompts)]), "stockade models --markdown prints what belongs there"
