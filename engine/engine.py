@@ -284,9 +284,8 @@ class Engine:
             try:
                 result = flight.result.collect()
                 if self.recorder is not None:
-                    self.recorder.record(
-                        StepRecord(lane.name, flight.began, perf_counter(), flight.vision, step_works(works))
-                    )
+                    began, lane.landed = max(flight.began, lane.landed), perf_counter()
+                    self.recorder.record(StepRecord(lane.name, began, lane.landed, flight.vision, step_works(works)))
                 for work in works:
                     self.scheduler.advance(work)
                 self.driver.expire()  # a result that comes too late is none

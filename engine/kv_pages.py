@@ -157,9 +157,11 @@ class PagePool:
         return self._views[layout]
 
     def copy_tokens(self, source: Page, target: Page, tokens: int) -> None:
-        """Copy the first `tokens` tokens of a page, all layers at once."""
+        """Copy the first `tokens` tokens of a page, all layers at once; both may be given away afterwards."""
         rows = self._all_rows[source.layout]
         rows[:, target.row : target.row + tokens] = rows[:, source.row : source.row + tokens]
+        if self.arena.is_cuda:  # others work on streams of their own
+            torch.cuda.current_stream().synchronize()
 
     # Pages.
 

@@ -72,9 +72,9 @@ class StepResult:
 class ModelRunner:
     """Executes one lane's work. It decides nothing: who runs, and what the result means, is said elsewhere.
 
-    models: what runs on the lanes. feature_bytes bounds the features of images kept for
-    later requests. ahead: how many batches of a lane may be under way: with two, the second is launched before the
-    host has read the first one's tokens.
+    models: what runs on the lanes. feature_bytes bounds the features of images kept for later requests. ahead: how
+    many batches of a lane may be under way: with two, the second is launched before the host has read the first one's
+    tokens.
     """
 
     def __init__(self, pool: PagePool, lanes: list[Lane], models: Mapping[str, Model], feature_bytes: int) -> None:
@@ -91,13 +91,14 @@ class ModelRunner:
             )
             for lane in lanes
         }
-        self._cuda = lanes[0].backbone.decoder.device.type == "cuda"
+        device = lanes[0].backbone.decoder.device
+        self._cuda = device.type == "cuda"
         self.ahead = 2 if self._cuda else 1
         self._streams: dict[int, torch.cuda.Stream] = {}
         if self._cuda:
-            # where both want the device, the answers' lane goes before those of their guards
-            self._streams = {id(lane): torch.cuda.Stream(priority=-1 if lane is lanes[0] else 0) for lane in lanes}
-            torch.cuda.synchronize()  # weights and sums are there before other streams read them
+            for lane in lanes:  # where both want the device, the answers' lane goes before those of their guards
+                self._streams[id(lane)] = torch.cuda.Stream(device, priority=-1 if lane is lanes[0] else 0)
+            torch.cuda.synchronize(device)  # weights and sums are there before other streams read them
         self._decoding = {id(lane): found for lane in lanes if (found := self._decoding_of(lane, models)) is not None}
 
     @torch.inference_mode()
@@ -137,13 +138,18 @@ class ModelRunner:
         began = perf_counter()
         decoding = self._decoding.get(id(lane))
         shape = None if decoding is None else decoding.shape_of(works)
-        if decoding is not None and shape is not None:
-            for work in works:
-                _begin_sum(work, self._sums[id(lane)])
-            ids = decoding.run(shape, _rows(lane, works))
-            result = StepResult(works, None, [], [], ids, self._arrival([]) if self._cuda else None)
-        else:
-            result = self._run(lane, works, decoding)
+        try:
+            if decoding is not None and shape is not None:
+                for work in works:
+                    _begin_sum(work, self._sums[id(lane)])
+                ids = decoding.run(shape, _rows(lane, works))
+                result = StepResult(works, None, [], [], ids, self._arrival([]) if self._cuda else None)
+            else:
+                result = self._run(lane, works, decoding)
+        except BaseException:
+            if self._cuda:  # what was launched of it is over before its pages are given away
+                torch.cuda.current_stream().synchronize()
+            raise
         self.seconds += perf_counter() - began
         return result
 
@@ -223,8 +229,10 @@ class ModelRunner:
                 known = self.features.get(key)
                 if known is None:
                     missing[key] = placed.image
-                else:
-                    sequence.features[key] = known
+                    continue
+                sequence.features[key] = known
+                if self._cuda:  # another lane's stream may have made them: their memory is not reused before this one
+                    known.record_stream(torch.cuda.current_stream())
         if not missing:
             return
         began = perf_counter()
@@ -241,6 +249,8 @@ class ModelRunner:
             for placed in work.sequence.images_between(work.start, work.stop):
                 if placed.image.key in encoded:
                     work.sequence.features[placed.image.key] = encoded[placed.image.key]
+        if self._cuda:  # another lane may find them from now on
+            torch.cuda.current_stream().synchronize()
         self.images_encoded += len(keys)
         self.vision_seconds += perf_counter() - began
 

@@ -59,6 +59,7 @@ class Lane:
         self.running: list[Sequence] = []
         self.free_slots = list(range(max_sequences))[::-1]
         self.flights: list[Flight] = []  # batches launched and not landed, oldest first
+        self.landed = 0.0  # when the last one was taken in (`time.perf_counter`)
         self.blocked = False  # no one that waits can start before something ends
         self.decoding = 0  # sequences that decode in the batch scheduled last
         self.spare_rows = free_rows  # free rows that the next batch is likely to leave over

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from stockade.engine.decoding import Decoding, Row, Shape, Shapes
 from stockade.engine.engine import Engine
+from stockade.engine.models.attached import AttachedAdapter
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.sampling import SamplingParams, sample_ids
 from stockade.engine.scheduler import Work
 from stockade.kernels import backend
+from stockade.kernels.lora import LowRank
 from stockade.kernels.sampling import SamplingRows
-from tests.engine.screened import engine_of
+from stockade.kernels.triton.common import Launch
+from tests.conftest import BASE
+from tests.engine.screened import engine_of, probe_on, with_models
 
 SEEDED = SamplingParams(
     max_tokens=40, ignore_eos=True, temperature=0.7, top_p=0.9, top_k=7, min_p=0.05, seed=(1 << 64) - 3
@@ -153,3 +158,31 @@ def test_rows_without_numbers_have_no_token_and_others_are_as_they_were() -> Non
     ids = sample_ids(logits, rows).tolist()
     assert ids[:2] == [int(logits[0].argmax()), -1]
     assert ids[2] in logits[2].topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "gemma3", "granite"])
+def test_a_graph_can_hold_a_step(
+    family: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is read on the host, which fake tensors could not answer; sums and adapters included. Kernels are
+    planned, with all their checks, and not run."""
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch.kernel))
+    steps = {}
+    for kernels in ("triton", "reference"):
+        monkeypatch.setenv(backend.VARIABLE, kernels)
+        loaded = load_models(checkpoint(family), dtype=torch.float32)
+        mllm = loaded.models["mllm"]
+        empty = LowRank(torch.zeros(BASE["intermediate_size"], 4), torch.zeros(4, BASE["hidden_size"]))
+        mllm.backbone.adapters.append(AttachedAdapter("none", {(0, "down"): empty}, ()))
+        steps[kernels] = decoding_of(engine_of(with_models(loaded, probe=probe_on(mllm))))
+    shape = Shape(4, 512, pooled=2, adapted=True)
+    assert shape in steps["triton"].shapes.all()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        steps["triton"]._compute(shape)
+        with pytest.raises(DataDependentOutputException):
+            steps["reference"]._compute(shape)
+    layers, adapter, end = BASE["num_hidden_layers"], 2, 2
+    norms = 2 if family == "gemma3" else 0
+    # norm, rotation, attention and its merge, norm, gate
+    assert len(launched) == (6 + norms) * layers + adapter + end

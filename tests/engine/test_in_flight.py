@@ -7,6 +7,7 @@ Everything comes out as in plain order, and no page is given away that a batch i
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +26,7 @@ from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.request import Reply
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.scheduler import Lane, Work
+from stockade.engine.trace import Recorder
 from stockade.kernels import backend
 from tests.engine.screened import engine_of, finish, probe_on, with_models
 from tests.engine.test_guarded_interleaving import Interleaving
@@ -123,7 +125,7 @@ def told(reply: Reply) -> Any:
         [{}, {"max_batch_tokens": 8, "max_sequences": 3}, {"max_batch_tokens": 24, "max_sequences": 2}]
     ),
 )
-@settings(max_examples=12, deadline=None, database=None, derandomize=True)
+@settings(max_examples=8, deadline=None, database=None, derandomize=True)
 def test_replies_are_those_of_plain_order(
     models: ModelSet,
     asked: list[tuple[int, SamplingParams, Guard | None]],
@@ -148,6 +150,16 @@ def test_steps_are_launched_ahead_and_rows_for_nothing_leave_no_trace(models: Mo
     assert [told(reply) for reply in answers(flying.engine, asked)] == want
     assert flying.guesses > 10
     assert flying.engine.pool.cached_pages == plain.pool.cached_pages
+
+
+def test_recorded_steps_of_a_lane_follow_each_other(models: ModelSet) -> None:
+    flying = Watched(engine_of(models))
+    flying.engine.recorder = Recorder()
+    answers(flying.engine, [(20, SAMPLINGS[1], GUARDS[2]), (30, SAMPLINGS[2], None)])
+    for name in {step.lane for step in flying.engine.recorder.steps}:
+        steps = [step for step in flying.engine.recorder.steps if step.lane == name]
+        assert all(step.began < step.ended for step in steps)
+        assert all(one.ended <= other.began for one, other in pairwise(steps))
 
 
 @pytest.mark.parametrize(
