@@ -73,7 +73,7 @@ def faults(variant: Variant, target: Target, found: Compiled) -> list[str]:
         said.append(f"{found.stack} bytes of stack and {found.local} local loads and stores, not none")
     if variant.copy_bits is not None and (not found.copies or min(found.copies) < variant.copy_bits):
         said.append(f"copies of {dict(found.copies)} bits, not of {variant.copy_bits}")
-    if found.loads[8] or found.loads[16]:
+    if variant.copy_bits is not None and (found.loads[8] or found.loads[16]):
         said.append(f"loads of {dict(found.loads)} bits")
     if variant.groups and target.arch == 90 and not found.matrix["HGMMA"]:
         said.append(f"products by {dict(found.matrix)}, not by HGMMA")

@@ -11,9 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lora import LoraStack
 from ..paged_attention import LayerKV
 from ..ragged import RaggedTables
-from . import paged_attention, pooled_head
+from ..sampling import SampledRows, SamplingRows
+from . import (
+    add_rms_norm,
+    gated,
+    lora,
+    paged_attention,
+    pooled_head,
+    quantize_rows,
+    rope_write,
+    sample,
+    scatter_features,
+)
 from .common import Launch, Target
 
 META = torch.device("meta")
@@ -47,12 +59,15 @@ class Attention(NamedTuple):
     dtype: torch.dtype = BF16
     pages: torch.dtype = BF16
 
-    def launches(self, target: Target, sequences: int, queries: int, context: int) -> list[Launch]:
+    def pool(self) -> Tensor:
+        """One layer's keys and values, rows padded to 16 bytes."""
         unit = 16 // self.pages.itemsize
         padded = -(-self.dim // unit) * unit
-        rows = sequences * queries
+        return _empty(2 * self.kv_heads, 2**22, padded, dtype=self.pages)[..., : self.dim]
+
+    def launches(self, target: Target, sequences: int, queries: int, context: int) -> list[Launch]:
+        rows, kv = sequences * queries, self.pool()
         qkv = _empty(rows, self.heads + 2 * self.kv_heads, self.dim, dtype=self.dtype)
-        kv = _empty(2 * self.kv_heads, 2**22, padded, dtype=self.pages)[..., : self.dim]
         tables = RaggedTables(
             _ids(sequences + 1), _ids(sequences), _ids(sequences, context // PAGE), PAGE, queries, context
         )
@@ -90,6 +105,9 @@ def all_variants() -> Iterator[Variant]:
     """Those of every kernel, in the order of the table."""
     yield from _attention()
     yield from _pooled_head()
+    yield from _fusions()
+    yield from _adapters()
+    yield from _sampler()
 
 
 def _attention() -> Iterator[Variant]:
@@ -116,16 +134,57 @@ def _batch(model: Attention, sequences: int, queries: int, index: int) -> Callab
 
 def _pooled_head() -> Iterator[Variant]:
     for width in (576, 3200, 4096):
+        sums, weights, n = _empty(65, width, dtype=torch.float32), _empty(width), 64
+        tables = _ids(n + 1), _ids(n), _ids(n), _ids(n)
+        launch, _, _ = pooled_head.plan(
+            _empty(512, width), *tables, sums, weights, _empty(1), weights, eps=1e-6, threshold=0.5
+        )
+        yield _one("pooled head", f"{width}, norm, bias", launch)
 
-        def launches(target: Target, width: int = width) -> list[Launch]:
-            sums, weights = _empty(65, width, dtype=torch.float32), _empty(width)
-            hidden, n = _empty(512, width), 64
-            planned = pooled_head.plan(
-                hidden, _ids(n + 1), _ids(n), _ids(n), _ids(n), sums, weights, _empty(1), weights, 1e-6, 0.5
-            )
-            return [planned[0]]
 
-        yield Variant("pooled head", f"{width}, norm, bias", launches)
+def _fusions() -> Iterator[Variant]:
+    for width in (576, 3200, 4096):
+        x = _empty(64, width)
+        yield _one("add, RMS norm", str(width), add_rms_norm.plan(x, x, _empty(width), 1e-6, 1.0, x))
+    for name in ("32 x 64", "32 x 100", "32 x 128", "16/8 x 256, window, cap", "32 x 128, fp8 pages"):
+        model = MODELS[name]
+        yield _one("rotate, write", name, _rope_write(model, None), model.pages is FP8)
+    yield _one("rotate, write", "28/4 x 128, norms", _rope_write(MODELS["28/4 x 128"], _empty(128)))
+    for kind in ("silu", "gelu"):
+        gate, up = _empty(64, 2 * 11008).chunk(2, 1)
+        yield _one("gate", f"{kind}, 11008", gated.plan(gate, up, kind, _empty(64, 11008)))
+    features = scatter_features.plan(_empty(1024, 4096), _ids(576), _empty(576, 4096))
+    yield _one("scatter features", "4096", features)
+    quantized = quantize_rows.plan(_empty(64, 4096), _empty(64, 4096, dtype=FP8), _empty(64, dtype=torch.float32))
+    yield _one("quantize rows to fp8", "4096", quantized, fp8=True)
+
+
+def _rope_write(model: Attention, norm: Tensor | None) -> Launch:
+    kv, angles, rows = model.pool(), _empty(64, 1, model.dim), _ids(64)
+    scales = _empty(2 * model.kv_heads, dtype=torch.float32) if model.pages is FP8 else None
+    qkv = _empty(64, model.heads + 2 * model.kv_heads, model.dim)
+    return rope_write.plan(qkv, angles, angles, kv, rows, norm, norm, 1e-6, scales)
+
+
+def _adapters() -> Iterator[Variant]:
+    stack = LoraStack(_empty(2, 16, 4096), _empty(2, 12288, 16))
+    for rows in (64, 1024):
+        scratch = _empty(lora.scratch_numbers(rows, stack), dtype=torch.float32)
+        what = f"rank 16, {rows} rows of 4096"
+        yield _one("adapters, shrink", what, lora.plan_shrink(_empty(rows, 4096), _ids(rows), stack, scratch))
+        yield _one("adapters, expand", what, lora.plan_expand(_empty(rows, 12288), _ids(rows), stack, scratch))
+
+
+def _sampler() -> Iterator[Variant]:
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "pass_index": torch.int32, "position": torch.int32}
+    columns = (_empty(8, dtype=dtypes.get(name, torch.float64)) for name in SamplingRows._fields)
+    out = SampledRows(_ids(8), _empty(8, dtype=torch.float32))
+    yield _one("sample", "32000", sample.plan(_empty(8, 32000), SamplingRows._make(columns), out))
+
+
+def _one(kernel: str, what: str, launch: Launch, fp8: bool = False) -> Variant:
+    """One launch, the same for every target."""
+    return Variant(kernel, what, lambda target: [launch], fp8)
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
