@@ -88,7 +88,7 @@ def plan(
         **{"qkv": qkv, "cos": cos, "sin": sin, "kv": kv, "places": write_rows},
         **{"q_norm": qkv if q_norm is None else q_norm, "k_norm": qkv if k_norm is None else k_norm},
         **{"kv_scale": qkv if kv_scale is None else kv_scale},
-        **{"eps": eps, "angle_stride": cos.stride(0), "head_stride": kv.stride(0)},
+        **{"eps": eps, "head_stride": kv.stride(0), "ANGLE_STRIDE": cos.stride(0)},
         **{"HEADS": every - written, "EVERY": every, "WRITTEN": written, "DIM": dim, "ROW_STRIDE": row_stride},
         **{"HALF_BLOCK": half_block, "HEAD_BLOCK": head_block, "PADDING": max(0, padding)},
         **{"NORMED": q_norm is not None, "SCALED": kv_scale is not None},
@@ -107,8 +107,8 @@ def _rope_write(
     k_norm,
     kv_scale,
     eps,
-    angle_stride,
     head_stride,
+    ANGLE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     EVERY: tl.constexpr,
     WRITTEN: tl.constexpr,
@@ -144,8 +144,8 @@ def _rope_write(
         kind = qkv.dtype.element_ty
         first = tl.where(turning, n_first.to(kind).to(tl.float32), first)
         second = tl.where(turning, n_second.to(kind).to(tl.float32), second)
-    c = tl.load(cos + row * angle_stride + at, mask=at < HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + row * angle_stride + HALF + at, mask=at < HALF, other=0.0).to(tl.float32)
+    c = tl.load(cos + row * ANGLE_STRIDE + at, mask=at < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * ANGLE_STRIDE + HALF + at, mask=at < HALF, other=0.0).to(tl.float32)
     t_first = tl.where(turning, first * c - second * s, first)
     t_second = tl.where(turning, second * c + first * s, second)
     tl.store(here, t_first.to(qkv.dtype.element_ty), mask=inside & (heads < HEADS))
