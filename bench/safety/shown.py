@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import pi
+from math import nan, pi
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -164,7 +164,7 @@ def safety_pictures(document: Document) -> Iterator[Picture]:
 
     rows, summary = document.rows, document.more.get("summary", [])
     judge = _strictest(rows)
-    points = [one for one in summary if judge in one.get("attack_success", {})]
+    points = [one for one in summary if one.get("attack_success", {}).get(judge, {}).get("percent") is not None]
     if points:
         yield Picture("safety-cost", f"Safety against added time; judge: {judge}", _scatter(points, judge), 4.2)
     for case_set in dict.fromkeys(row["set"] for row in rows if row["kind"] == "attack"):
@@ -189,7 +189,7 @@ def _scatter(points: Sequence[dict[str, Any]], judge: str) -> Callable[[Axes, Th
         guards = list(dict.fromkeys(one["guard"] for one in points))
         for one in points:
             rate, color = one["attack_success"][judge], guard_color(one["guard"], guards.index(one["guard"]))
-            x, y = one.get("added_ms", 0.0), 100 - (rate["percent"] or 0.0)
+            x, y = one.get("added_ms", 0.0), 100 - rate["percent"]
             axes.plot([x, x], [100 - rate["high"], 100 - rate["low"]], color=color, linewidth=1.2)
             axes.plot(x, y, "s" if one["image"] else "o", color=color, markersize=8)
             axes.annotate(
@@ -217,7 +217,9 @@ def _radar(rows: Sequence[dict[str, Any]], judge: str) -> Callable[[Axes, Theme]
         guards = list(dict.fromkeys(row["guard"] for row in rows))
         for number, guard in enumerate(guards):
             found = {row["scenario"]: row["harmful"].get(judge, {}) for row in rows if row["guard"] == guard}
-            values = [100 - (found.get(name, {}).get("percent") or 0.0) for name in scenarios]
+            # what nobody judged is a gap, not a success
+            rates = [found.get(name, {}).get("percent") for name in scenarios]
+            values = [nan if rate is None else 100 - rate for rate in rates]
             color = guard_color(guard, number)
             axes.plot([*angles, angles[0]], [*values, values[0]], color=color, label=guard, linewidth=1.8)
             axes.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.08)
@@ -239,7 +241,7 @@ def _where(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 
 def _image(there: bool) -> str:
-    return "with image" if there else "without"
+    return "with image" if there else "without image"
 
 
 def _percent(rate: Mapping[str, Any] | None, interval: bool = True) -> str:
