@@ -19,7 +19,8 @@ FEW = 128  # rows of a step that decodes, or screens beside decoding
 # A few rows have few tiles: eight parts of the sum over inputs give eight times as many programs, each with 1/8 of A
 # to read. Where there are many rows the tiles are enough, and 64 rows read A and B a quarter as often as 16.
 SPLITS = 8
-INPUTS, OUTPUTS = 128, 128  # of a step of the sum, of a tile
+WIDE = 128  # inputs of a step of the sum, or outputs of a tile; half as many at ranks whose tiles are wide themselves
+HIGH_RANK = 128
 
 
 def add_low_rank(y: Tensor, x: Tensor, adapter: Tensor, stack: LoraStack, scratch: Tensor | None = None) -> None:
@@ -51,13 +52,14 @@ def plan_shrink(x: Tensor, adapter: Tensor, stack: LoraStack, scratch: Tensor) -
     _check(rows, x, adapter, stack, scratch)
     check_tensor("stack.a", stack.a, ("adapters", "rank", inputs), (x.dtype, torch.float32), x.device)
     adapters, rank, _ = stack.a.shape
-    splits, tall = _splits(rows), _tall(rows)
+    splits, tall, wide = _splits(rows), _tall(rows, rank), _wide(rank)
     arguments = {
         **{"x": x, "adapter": adapter, "a": stack.a, "scratch": scratch, "rows": rows, "adapters": adapters},
-        **{"IN": inputs, "RANK": rank, "PART": INPUTS * triton.cdiv(inputs, INPUTS * splits)},
-        **{"TALL": tall, "BLOCK": INPUTS, "CT": compute_type(stack.a.dtype)},
+        **{"IN": inputs, "RANK": rank, "PART": wide * triton.cdiv(inputs, wide * splits)},
+        **{"TALL": tall, "BLOCK": wide, "CT": compute_type(stack.a.dtype)},
     }
-    return Launch(_shrink, (triton.cdiv(rows, tall), splits), arguments, warps=_warps(rows))
+    stages = 3 if rank <= HIGH_RANK else 2  # what fits into 99 KB, the least that GPUs with bf16 have
+    return Launch(_shrink, (triton.cdiv(rows, tall), splits), arguments, _warps(tall), stages)
 
 
 def plan_expand(y: Tensor, adapter: Tensor, stack: LoraStack, scratch: Tensor) -> Launch:
@@ -68,14 +70,14 @@ def plan_expand(y: Tensor, adapter: Tensor, stack: LoraStack, scratch: Tensor) -
     _check(rows, y, adapter, stack, scratch)
     check_tensor("stack.b", stack.b, (len(stack.a), outputs, stack.a.shape[1]), (stack.a.dtype,), y.device)
     adapters, rank, _ = stack.a.shape
-    tall = _tall(rows)
+    tall, wide = _tall(rows, rank), _wide(rank)
     arguments = {
         **{"y": y, "adapter": adapter, "b": stack.b, "scratch": scratch, "rows": rows, "adapters": adapters},
         **{"OUT": outputs, "RANK": rank, "SPLITS": _splits(rows)},
-        **{"TALL": tall, "BLOCK": OUTPUTS, "CT": compute_type(stack.a.dtype)},
+        **{"TALL": tall, "BLOCK": wide, "CT": compute_type(stack.a.dtype)},
     }
-    grid = triton.cdiv(rows, tall), triton.cdiv(outputs, OUTPUTS)
-    return Launch(_expand, grid, arguments, warps=_warps(rows))
+    grid = triton.cdiv(rows, tall), triton.cdiv(outputs, wide)
+    return Launch(_expand, grid, arguments, _warps(tall))
 
 
 def _check(rows: int, x: Tensor, adapter: Tensor, stack: LoraStack, scratch: Tensor) -> None:
@@ -94,13 +96,17 @@ def _splits(rows: int) -> int:
     return SPLITS if rows <= FEW else 1
 
 
-def _warps(rows: int) -> int:
-    return 4 if rows <= FEW else 8  # 4 would spill in tiles of 64 x 128 on sm_80
+def _wide(rank: int) -> int:
+    return WIDE if rank < HIGH_RANK else WIDE // 2
 
 
-def _tall(rows: int) -> int:
-    """Rows of a tile: 16 is the least that matrix units multiply."""
-    return 16 if rows <= FEW else 64
+def _warps(tall: int) -> int:
+    return 4 if tall == 16 else 8  # 4 would spill in tiles of 64 x 128 on sm_80
+
+
+def _tall(rows: int, rank: int) -> int:
+    """Rows of a tile: 16 is the least that matrix units multiply. At rank 256 more would spill on sm_80."""
+    return 16 if rows <= FEW or rank > HIGH_RANK else 64
 
 
 @triton.jit

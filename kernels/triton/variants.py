@@ -6,6 +6,7 @@ Their tensors are on "meta": they have a shape and strides, and no numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -167,10 +168,12 @@ def _rope_write(model: Attention, norm: Tensor | None) -> Launch:
 
 
 def _adapters() -> Iterator[Variant]:
-    stack = LoraStack(_empty(2, 16, 4096), _empty(2, 12288, 16))
-    for rows in (64, 1024):
+    for rank, rows in product(
+        (16, 64, 256), (64, 1024)
+    ):  # queries, keys and values as one have three adapters' ranks
+        stack = LoraStack(_empty(2, rank, 4096), _empty(2, 12288, rank))
         scratch = _empty(lora.scratch_numbers(rows, stack), dtype=torch.float32)
-        what = f"rank 16, {rows} rows of 4096"
+        what = f"rank {rank}, {rows} rows of 4096"
         yield _one("adapters, shrink", what, lora.plan_shrink(_empty(rows, 4096), _ids(rows), stack, scratch))
         yield _one("adapters, expand", what, lora.plan_expand(_empty(rows, 12288), _ids(rows), stack, scratch))
 

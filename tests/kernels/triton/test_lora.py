@@ -67,6 +67,11 @@ def test_many_rows_take_larger_tiles(dtype: torch.dtype, device: torch.device) -
     check([-1] * 40 + [1] * 70 + [0] * (FEW - 60), [40, 8], 160, 136, dtype, device)
 
 
+@pytest.mark.parametrize("rows", [3, FEW + 2])
+def test_high_ranks_take_narrower_tiles(rows: int, device: torch.device) -> None:
+    check([-1, *[0, 1] * rows][:rows], [130, 200], 96, 70, torch.float32, device)
+
+
 def test_an_index_that_is_no_adapters_counts_as_none(device: torch.device) -> None:
     stack = stacked(updates_of([4], 32, 32, torch.float32))
     assert stack is not None
