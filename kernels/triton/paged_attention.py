@@ -71,7 +71,10 @@ def tile_for(target: Target, queries: int, group: int, dim: int, dtype: torch.dt
         # At dimension 256 it would spill, and two groups share the columns.
         return Tile(max(64, least), keys, 4 if dim <= 128 else 8, 2, 2)
     if dim <= 128:
-        # Two warp groups: with one, 128 rows spill; with 128 keys, nothing is left of 255 registers.
+        # Two warp groups: with one, 128 rows spill; with 128 keys, nothing is left of 255 registers. Before warp
+        # groups products took their operands from registers, and Triton 3.6 spills with 64 keys.
+        if target.backend == "cuda" and int(target.arch) < 90:
+            return Tile(128, 32, 8, 3, 2)
         return Tile(128, 64, 8, 2 if target.backend == "hip" else 3, 2)
     if target.arch in (90, 100, 103):
         return Tile(128, 32, 8, 2, 2)  # 128 KB, which only these have; with 64 keys it spills
