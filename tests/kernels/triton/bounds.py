@@ -8,6 +8,11 @@ from torch import Tensor
 NAN = float("nan")
 
 
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of this shape and these strides, which copying may change, on a device; its numbers do not matter."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
 def assert_as_exact(got: Tensor, want: Tensor, torchs: Tensor) -> None:
     """got: the kernel's; want: in fp64; torchs: by torch in got's dtype. Allowed: twice torch's error and a rounding.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from stockade.kernels.rms_norm import rms_norm_reference
 from stockade.kernels.triton.add_rms_norm import add_rms_norm
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
-from tests.kernels.triton.bounds import NAN, assert_as_exact
+from tests.kernels.triton.bounds import NAN, assert_as_exact, placed
 
 EPS = 1e-5
 
@@ -88,6 +88,6 @@ def test_no_rows_launch_nothing(device: torch.device) -> None:
 def test_the_wrong_argument_is_named(name: str, value: Tensor, said: str, device: torch.device) -> None:
     arguments: dict[str, Any] = {"x": torch.zeros(4, 8), "residual": torch.zeros(4, 8), "weight": torch.ones(8)}
     arguments |= {name: value}
-    arguments = {key: part.to(device) for key, part in arguments.items()}
+    arguments = {key: placed(part, device) for key, part in arguments.items()}
     with pytest.raises(KernelArgumentError, match=said):
         add_rms_norm(**arguments, eps=EPS)

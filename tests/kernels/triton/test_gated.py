@@ -10,7 +10,7 @@ from torch import Tensor
 from stockade.kernels.swiglu import geglu, swiglu
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
 from stockade.kernels.triton.gated import gated
-from tests.kernels.triton.bounds import NAN, assert_as_exact
+from tests.kernels.triton.bounds import NAN, assert_as_exact, placed
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -51,6 +51,9 @@ def test_no_rows_launch_nothing(device: torch.device) -> None:
         (torch.zeros(4, 8), None, "relu", "kind: 'relu', not silu or gelu"),
     ],
 )
-def test_the_wrong_argument_is_named(gate: Tensor, up: Tensor | None, kind: str, said: str) -> None:
+def test_the_wrong_argument_is_named(
+    gate: Tensor, up: Tensor | None, kind: str, said: str, device: torch.device
+) -> None:
+    gate, up = placed(gate, device), None if up is None else placed(up, device)
     with pytest.raises(KernelArgumentError, match=said):
         gated(gate, up, kind)

@@ -22,6 +22,7 @@ from stockade.kernels.triton.paged_attention import (
     splits_for,
     tile_for,
 )
+from tests.kernels.triton.bounds import placed
 
 NAN = float("nan")
 OTHER = KVLayout(2, 2, 64, torch.float32, 16)  # shares the pool with whatever is tested
@@ -321,8 +322,9 @@ def test_the_scratch_of_a_model_suffices_for_any_batch(rows: int, heads: tuple[i
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_the_wrong_argument_is_named(change: dict[str, object], said: str) -> None:
-    batch = make_batch(torch.device("cpu"), [(33, 1), (5, 1)])
+def test_the_wrong_argument_is_named(change: dict[str, object], said: str, device: torch.device) -> None:
+    batch = make_batch(device, [(33, 1), (5, 1)])
+    change = {name: placed(part, device) if isinstance(part, Tensor) else part for name, part in change.items()}
     options = {name: value for name, value in change.items() if name in ("window", "cap", "out", "sees", "kv_scale")}
     tables = batch.tables._replace(**{name: value for name, value in change.items() if hasattr(batch.tables, name)})
     kv = change.get("kv", batch.cache.kv)
@@ -330,15 +332,15 @@ def test_the_wrong_argument_is_named(change: dict[str, object], said: str) -> No
         paged_attention(change.get("q", batch.q), LayerKV(kv, kv, kv), tables, 1.0, **options)
 
 
-def test_too_little_scratch_is_said() -> None:
-    batch = make_batch(torch.device("cpu"), [(300, 1)], dtype=torch.float16, page_size=64)
+def test_too_little_scratch_is_said(device: torch.device) -> None:
+    batch = make_batch(device, [(300, 1)], dtype=torch.float16, page_size=64)
     with pytest.raises(KernelArgumentError, match="scratch: it has 10 numbers; this batch needs 1040"):
-        paged_attention(batch.q, batch.cache, batch.tables, 1.0, scratch=torch.zeros(10))
+        paged_attention(batch.q, batch.cache, batch.tables, 1.0, scratch=torch.zeros(10, device=device))
 
 
-def test_fp8_pages_are_refused_where_a_gpu_has_no_fp8() -> None:
-    batch = make_batch(torch.device("cpu"), [(33, 1)], dtype=torch.float8_e4m3fn)
-    q, scales = torch.zeros(1, 4, 64), torch.ones(4)
+def test_fp8_pages_are_refused_where_a_gpu_has_no_fp8(device: torch.device) -> None:
+    batch = make_batch(device, [(33, 1)], dtype=torch.float8_e4m3fn)
+    q, scales = torch.zeros(1, 4, 64, device=device), torch.ones(4, device=device)
     for target in (Target("cuda", 80, 108), Target("hip", "gfx942", 304)):
         with pytest.raises(KernelArgumentError, match=r"cache.kv: fp8 pages need a GPU of sm_89 or newer"):
             plan(q, batch.cache, batch.tables, 1.0, kv_scale=scales, target=target)

@@ -14,6 +14,7 @@ from torch import Tensor
 from stockade.kernels.pooled_logit import pooled_head_reference, pooled_logit
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
 from stockade.kernels.triton.pooled_head import pooled_head
+from tests.kernels.triton.bounds import placed
 
 SLOTS = 4
 NAN = float("nan")
@@ -169,7 +170,7 @@ def test_what_is_not_a_number_is_not_harmless(device: torch.device) -> None:
         ("hidden", torch.zeros(4, 16)[:, ::2], "hidden: it is not contiguous"),
     ],
 )
-def test_the_wrong_argument_is_named(name: str, value: Tensor, said: str) -> None:
+def test_the_wrong_argument_is_named(name: str, value: Tensor, said: str, device: torch.device) -> None:
     step = make_step([(1, 0, 0)], 8, torch.float32, "bias norm")
     with pytest.raises(KernelArgumentError, match=said):
-        pooled_head(**{**vars(step), name: value})
+        pooled_head(**{**step.arguments(device), name: placed(value, device)})

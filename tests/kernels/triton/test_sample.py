@@ -13,7 +13,7 @@ from stockade.engine.sampling import sample as engine_sample
 from stockade.kernels.sampling import SampledRows, SamplingRows
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
 from stockade.kernels.triton.sample import sample
-from tests.kernels.triton.bounds import NAN
+from tests.kernels.triton.bounds import NAN, placed
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that the interpreter computes
 
@@ -183,4 +183,4 @@ def test_the_wrong_argument_is_named(name: str, value: Tensor, said: str, device
     logits = value if name == "logits" else torch.zeros(2, 8)
     rows = rows if name == "logits" else rows._replace(**{name: value.to(device)})
     with pytest.raises(KernelArgumentError, match=said):
-        sample(logits.to(device), rows)
+        sample(placed(logits, device), rows)

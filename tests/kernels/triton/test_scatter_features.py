@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
 from stockade.kernels.triton.scatter_features import scatter_features
+from tests.kernels.triton.bounds import placed
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -52,6 +53,9 @@ def test_no_features_launch_nothing(device: torch.device) -> None:
         ),
     ],
 )
-def test_the_wrong_argument_is_named(x: Tensor, rows: Tensor, features: Tensor, said: str) -> None:
+def test_the_wrong_argument_is_named(
+    x: Tensor, rows: Tensor, features: Tensor, said: str, device: torch.device
+) -> None:
+    x, rows, features = (placed(part, device) for part in (x, rows, features))
     with pytest.raises(KernelArgumentError, match=said):
         scatter_features(x, rows, features)
