@@ -26,9 +26,11 @@ from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import open_checkpoint
 from ..engine.models.eyes import template_with_images
 from ..engine.models.loader import BUNDLES
+from .eyes_gaze import look_along_rows
 from .eyes_model import (
     SHRUNK,
     SIDE,
+    TRAINING_ONLY,
     Eyes,
     eyes_config,
     image_token,
@@ -44,10 +46,13 @@ from .pictures import Painter, Phrases, Picture, letter_font
 from .recipe import Recipe
 
 TRANSCRIBE = "Write down the text in the image, word for word."
-_OTHERS = 2048  # tokens of a step's choice besides those in its pictures
+_EMPTY_SHARE = 0.3  # empty patches of a step's choice, for each one that says a token
+_OTHERS = 1280  # tokens of a step's choice besides those in its pictures
 _NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
+_PLACES = 0.3  # weight of naming a patch's row and column beside its letters
 _BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
-_CHECKED = 64  # pictures that the card's figure is of
+_GAZED = 32  # pictures that show how a state says its place
+_CHECKED = 32  # pictures that the card's figure is of
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,9 @@ def train_eyes(
     spelled = stage("letters", lower, course.letters, partial(lesson.letters_loss, eyes))
     for parameter in lower.values():
         parameter.requires_grad_(False)  # their gradients are most of a step's work
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)
+        look_along_rows(eyes, lesson.pixels([drawn(painter, "gaze", number) for number in range(_GAZED)]))
     upper = {name: parameter for name, parameter in eyes.named_parameters() if name not in lower}
     worded = stage("words", upper, course.words, partial(lesson.loss, eyes))
     eyes.requires_grad_(True)
@@ -211,7 +219,9 @@ def train_eyes(
     card = EyesCard(
         base=str(base),
         course=course,
-        parameters=sum(value.numel() for name, value in eyes.named_parameters() if not name.startswith("letters.")),
+        parameters=sum(
+            value.numel() for name, value in eyes.named_parameters() if not name.startswith(TRAINING_ONLY)
+        ),
         fonts=tuple(file.stem for file in fonts),
         list_font=painter.list_font.stem,
         texts=len(painter.phrases.texts),
@@ -311,17 +321,20 @@ class Lesson:
         self.vocabulary = torch.tensor(known, device=embedding.device)
 
     def letters_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
-        """Of the letters alone."""
-        pixels = pixels_of([picture.image for picture in pictures]).to(self.empty.device)
-        return _spelling(eyes.in_bf16(pixels, only_letters=True)[1], self._asked(pictures).letters)
+        """Of the letters in each patch, and of where it is."""
+        seen = eyes.in_bf16(self.pixels(pictures), only_letters=True)
+        at = torch.arange(SIDE * SIDE, device=self.empty.device).repeat(len(pictures))
+        rows, columns = seen.places.flatten(0, 1).float().split(SIDE, dim=-1)
+        place = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE)
+        return _spelling(seen.letters, self._asked(pictures).letters) + _PLACES * place
 
     def loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the token that each patch says, of its vector, and of its letters."""
         tokens, letters = self._asked(pictures)
-        vectors, named = eyes.in_bf16(pixels_of([picture.image for picture in pictures]).to(self.empty.device))
+        vectors, named, _ = eyes.in_bf16(self.pixels(pictures))
         spoken = tokens != EMPTY
-        # about as many empty patches as others, so that most of the work is about words
-        share = float(spoken.sum()) / max(1, int((~spoken).sum()))
+        # a few of the many empty patches, so that most of the work is about words
+        share = _EMPTY_SHARE * float(spoken.sum()) / max(1, int((~spoken).sum()))
         chosen = spoken | (torch.rand(tokens.shape).to(tokens.device) < share)
         image, patch = chosen.nonzero(as_tuple=True)
         said, target = vectors[image, patch], tokens[image, patch]
@@ -344,7 +357,7 @@ class Lesson:
         for first in range(0, len(pictures), 8):
             some = pictures[first : first + 8]
             tokens, _ = self._asked(some)
-            vectors, _ = eyes.in_bf16(pixels_of([picture.image for picture in some]).to(self.empty.device))
+            vectors = eyes.in_bf16(self.pixels(some)).vectors
             image, patch = (tokens != EMPTY).nonzero(as_tuple=True)
             scores = self._scores(vectors[image, patch], self.empty[patch], self.embedding[self.vocabulary])
             found = scores.argmax(-1)
@@ -352,6 +365,10 @@ class Lesson:
             right += int((meant == tokens[image, patch]).sum())
             all += len(image)
         return right / max(1, all)
+
+    def pixels(self, pictures: Sequence[Picture]) -> Tensor:
+        """On the lesson's device, [images, 3, height, width]."""
+        return pixels_of([picture.image for picture in pictures]).to(self.empty.device)
 
     def _asked(self, pictures: Sequence[Picture]) -> Wanted:
         """Of all pictures, [images, patches] and [images, patches, LETTERS]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ LETTERS = 3  # a patch is asked for so many of the characters whose middle is in
 FIRST_LETTER = 32  # " " stands for none
 LETTER_COUNT = 95
 EYES_FILE = "eyes.safetensors"
+TRAINING_ONLY = ("letters.", "places.")  # how parameters begin that no checkpoint has
+_PLACE_SIZE = 12.0
 # What a file of eyes says of their configuration
 _TOWER = (
     "hidden_size",
@@ -88,8 +90,19 @@ class _Patches(nn.Conv2d):
         return found.permute(0, 3, 1, 2)
 
 
+class Seen(NamedTuple):
+    """vectors: [images, patches, hidden], empty where only the lower layers ran. letters: [images, patches, LETTERS,
+    95]. places: [images, patches, 2 * SIDE], for a patch's row, then its column."""
+
+    vectors: Tensor
+    letters: Tensor
+    places: Tensor
+
+
 class Eyes(nn.Module):
-    """Tower and projector of LLaVA with random weights, and a head that names letters, which only training has."""
+    """Tower and projector of LLaVA with random weights, and heads that name letters and places, which only training
+    has. Places begin as codes of row and column about a third as large as the rest of a patch's state: with weak ones
+    no upper layer can tell where a letter stands."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -104,40 +117,41 @@ class Eyes(nn.Module):
         patches.load_state_dict(plain.state_dict())
         self.vision_tower.embeddings.patch_embedding = patches
         self.multi_modal_projector = model.multi_modal_projector
-        self.letters = nn.Linear(config.vision_config.hidden_size, LETTERS * LETTER_COUNT)
+        hidden = config.vision_config.hidden_size
+        codes = nn.init.orthogonal_(torch.empty(2 * SIDE, hidden)) * _PLACE_SIZE
+        at = torch.arange(SIDE * SIDE)
+        self.vision_tower.embeddings.position_embedding.weight.data = codes[at // SIDE] + codes[SIDE + at % SIDE]
+        self.letters = nn.Linear(hidden, LETTERS * LETTER_COUNT)
+        self.places = nn.Linear(hidden, 2 * SIDE)
 
-    def forward(self, pixels: Tensor, only_letters: bool = False) -> tuple[Tensor, Tensor]:
-        """[images, 3, height, width] -> vectors [images, patches, hidden], letters [images, patches, LETTERS, 95].
-
-        only_letters: the layers above them are not run, and the tower's states come in place of the vectors.
-        """
+    def forward(self, pixels: Tensor, only_letters: bool = False) -> Seen:
+        """What is seen on [images, 3, height, width]; only_letters: by the lower layers alone."""
         if only_letters:
             state = self.vision_tower.embeddings(pixels)
             for layer in self._lower_layers():
                 state = layer(state, None)
-            return state, self._letters(state)
+            return self._seen(state.new_empty(0), state)
         states = self.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        return self.multi_modal_projector(states[-1]), self._letters(states[_LETTERS_AFTER])
+        return self._seen(self.multi_modal_projector(states[-1]), states[_LETTERS_AFTER])
 
-    def in_bf16(self, pixels: Tensor, only_letters: bool = False) -> tuple[Tensor, Tensor]:
+    def in_bf16(self, pixels: Tensor, only_letters: bool = False) -> Seen:
         """`forward` in bf16, whose gradients reach the fp32 parameters."""
         parameters = {name: value.bfloat16() for name, value in self.named_parameters()}
-        arguments = (pixels.bfloat16(), only_letters)
-        found: tuple[Tensor, Tensor] = torch.func.functional_call(self, parameters, arguments)
+        found: Seen = torch.func.functional_call(self, parameters, (pixels.bfloat16(), only_letters))
         return found
 
     def lower(self) -> dict[str, nn.Parameter]:
         """The parameters that the letters depend on."""
-        parts = (self.vision_tower.embeddings, *self._lower_layers(), self.letters)
+        parts = (self.vision_tower.embeddings, *self._lower_layers(), self.letters, self.places)
         chosen = {id(value) for part in parts for value in part.parameters()}
         return {name: value for name, value in self.named_parameters() if id(value) in chosen}
 
     def _lower_layers(self) -> Any:
         return self.vision_tower.encoder.layers[:_LETTERS_AFTER]
 
-    def _letters(self, states: Tensor) -> Tensor:
-        found: Tensor = self.letters(states)
-        return found.unflatten(-1, (LETTERS, LETTER_COUNT))
+    def _seen(self, vectors: Tensor, states: Tensor) -> Seen:
+        letters: Tensor = self.letters(states)
+        return Seen(vectors, letters.unflatten(-1, (LETTERS, LETTER_COUNT)), self.places(states))
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
@@ -188,7 +202,7 @@ def save_eyes(eyes: Eyes, config: LlavaConfig, folder: Path) -> None:
     tensors = {
         str(canonical_name(name)): value.detach().to("cpu", torch.bfloat16).contiguous()
         for name, value in eyes.state_dict().items()
-        if not name.startswith("letters.")
+        if not name.startswith(TRAINING_ONLY)
     }
     vision = config.vision_config
     own = {

@@ -18,12 +18,14 @@ from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
+from .eyes import read_eyes, template_with_images
 from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
 from .vision.adapter import VisionAdapter
 from .vision.families import ADAPTERS
+from .vision.llava import LlavaVision
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Attached:
 
 
 Checkpointed: TypeAlias = str | Path | tuple[str | Path, str | Path]
-"""A checkpoint folder, a GGUF file, a bundle, a named shape, or (PEFT adapter, its base)."""
+"""A checkpoint folder, a GGUF file, a bundle, a named shape, (PEFT adapter, its base), or (the file of eyes that
+`train eyes` wrote, the language model)."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,8 @@ class _Loader:
         return known
 
     def _read(self, source: Checkpointed) -> _Loaded:
+        if isinstance(source, tuple) and Path(source[0]).suffix == ".safetensors":
+            return self._with_eyes(Path(source[0]), source[1])
         checkpoint = _open(source)
         classifier = "score.weight" in checkpoint.shapes
         try:
@@ -241,6 +246,25 @@ class _Loader:
         except UnknownArchitecture as refusal:
             return self._fall_back(checkpoint, refusal)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
+
+    def _with_eyes(self, file: Path, base: str | Path) -> _Loaded:
+        """A language model and the eyes that were trained for it: its weights, hash and texts stay as they are."""
+        loaded = self._load(base, classifier=False)
+        codec, decoder = loaded.codec, loaded.backbone.decoder
+        if loaded.backbone.vision is not None or not isinstance(decoder, Decoder):
+            raise CheckpointMismatch(f"{base} cannot be given eyes: it has its own, or runs on the fallback")
+        eyes = read_eyes(file, loaded.config)
+        vision = LlavaVision(eyes.config, eyes.processor, self.device, self.dtype)
+        vision.freeze(_fill(dict(vision.slots()), eyes.weights, decoder).encode(), codec.tokenizer)
+        token = codec.tokenizer.convert_ids_to_tokens(vision.image_token_id)
+        seeing = Codec(
+            codec.tokenizer,
+            image_token=token,
+            chat_template=template_with_images(codec.chat_template or codec.tokenizer.chat_template or "", token),
+            template_adds_specials=codec.template_adds_specials,
+            extra_stop_ids=codec.eos_ids,
+        )
+        return replace(loaded, backbone=replace(loaded.backbone, vision=vision), codec=seeing)
 
     def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
         # importing the module classes of transformers takes a second, and most models need none

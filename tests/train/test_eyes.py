@@ -17,15 +17,19 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from stockade.cli import app
+from stockade.engine.chat import Chat, Message
 from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, ImagesNotSupported
 from stockade.engine.images import load_image
 from stockade.engine.models.eyes import template_with_images
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import byte_tokenizer
+from stockade.engine.prepare import encode
 from stockade.train.eyes import Course, Lesson, drawn, painter_of, train_eyes
+from stockade.train.eyes_gaze import GAZES, look_along_rows
 from stockade.train.eyes_model import (
     EYES_FILE,
+    PIXELS,
     SIDE,
     Eyes,
     eyes_config,
@@ -134,6 +138,15 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     theirs = whole.get_image_features(pixel_values=pixels_of([picture.image])).pooler_output[0]
     assert torch.allclose(vision.encode(prepared)[0][0], theirs, atol=1e-5)
+    apart = load_models((folder / EYES_FILE, base), device="cpu", dtype=torch.float32).models["mllm"]
+    plain = load_models(base, device="cpu", dtype=torch.float32).models["mllm"]
+    assert apart.backbone.content_hash == plain.backbone.content_hash
+    assert encode(apart, Chat.single("so")).tokens == encode(plain, Chat.single("so")).tokens
+    shown = encode(apart, Chat((Message("user", (load_image(picture.image), "so")),)))
+    assert shown.tokens.count(apart.image_token_id) == SIDE * SIDE
+    assert apart.backbone.vision is not None
+    features = apart.backbone.vision.encode([placed.image for placed in shown.images])[0]
+    assert torch.equal(features, vision.encode(prepared)[0])
     engine = Engine(folder, device="cpu", dtype=torch.float32)
     scores = evaluate(engine, painter_of(mllm.codec.tokenizer, TEXTS, FONTS, 0.6, held_out=True), 1)
     assert [score.pictures for score in scores] == [1, 1, 1, 1]
@@ -157,6 +170,20 @@ def test_a_lesson_is_learned(painter: Painter) -> None:
     lesson.letters_loss(eyes, pictures).backward()
     assert all(value.grad is not None for name, value in eyes.named_parameters() if "post_layernorm" not in name)
     assert 0 <= lesson.said(eyes, pictures) <= 1
+
+
+def test_heads_look_at_the_patches_beside() -> None:
+    torch.manual_seed(0)
+    eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
+    pixels = torch.rand(8, 3, PIXELS, PIXELS)
+    look_along_rows(eyes, pixels)
+    first = len(eyes.vision_tower.encoder.layers) - len(GAZES)
+    with torch.no_grad():
+        attention = eyes.vision_tower(pixel_values=pixels[:2], output_attentions=True).attentions
+    for layer, gazes in zip(attention[first:], GAZES, strict=True):  # [images, heads, patches, patches]
+        for head, further in enumerate(gazes):
+            at = torch.tensor([patch for patch in range(SIDE * SIDE) if 0 <= patch % SIDE + further < SIDE])
+            assert (layer[:, head, at, at + further] > 0.8).all()
 
 
 def test_words_are_read_in_order_whatever_their_case() -> None:
