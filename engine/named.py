@@ -42,7 +42,7 @@ class EngineNames:
         from .engine import Engine
 
         return Engine(
-            self.model,
+            source_named(self.model),
             outside or (None if self.detector is None else detector_named(self.detector)),
             None if self.detoxifier is None else source_named(self.detoxifier),
             device=None if self.device is None else device_named(self.device),

@@ -104,14 +104,15 @@ def load_models(
     MLLM's own weights; "onnx:FOLDER", an exported one that ONNX Runtime runs on threads of its own (the extra
     `onnx`); or an object that is an `OutsideDetector`. Detector and detoxifier may be adapters `Attached` to the
     MLLM's backbone; those that come with `smol` are named "smol-adapter". A probe is a `.safetensors` file with a
-    head fitted on the states that the MLLM has while it answers. A bundle as model brings its own detector,
-    detoxifier and probe.
+    head fitted on the states that the MLLM has while it answers. A bundle as model, with eyes or without, brings its
+    own detector, detoxifier and probe.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype))
-    if str(model) in BUNDLES:
-        detector = model if detector is None else detector
-        detoxifier = model if detoxifier is None else detoxifier
+    bundle = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
+    if isinstance(bundle, str | Path) and str(bundle) in BUNDLES:
+        detector = bundle if detector is None else detector
+        detoxifier = bundle if detoxifier is None else detoxifier
         probe = SMOL_PROBE if probe is None else probe
     if detector == SMOL_ADAPTER:
         detector = _own_adapter("detector", model)
@@ -236,7 +237,7 @@ class _Loader:
         return known
 
     def _read(self, source: Checkpointed) -> _Loaded:
-        if isinstance(source, tuple) and Path(source[0]).suffix == ".safetensors":
+        if isinstance(source, tuple) and _is_eyes(source[0]):
             return self._with_eyes(Path(source[0]), source[1])
         checkpoint = _open(source)
         classifier = "score.weight" in checkpoint.shapes
@@ -340,6 +341,9 @@ def check_without_weights(source: Checkpointed) -> tuple[str, UnknownArchitectur
     Returns its `model_type`, and None where the engine's own decoder will run it, why not where the fallback is to.
     Raises a `CheckpointError` for one that will not load.
     """
+    if isinstance(source, tuple) and _is_eyes(source[0]):
+        read_eyes(Path(source[0]), open_checkpoint(_local(source[1])).config)
+        return check_without_weights(source[1])
     checkpoint = _open(source)
     kind: str = checkpoint.config.model_type
     classifier, meta = "score.weight" in checkpoint.shapes, torch.device("meta")
@@ -403,6 +407,11 @@ def _open(source: Checkpointed) -> Checkpoint:
 def _eyes_folder(checkpoint: Checkpoint) -> Path:
     """Where the image processor is: an adapter's folder has none; its base's is where the tokenizer is."""
     return checkpoint.tokenizer_path if is_adapter(checkpoint.path) else checkpoint.path
+
+
+def _is_eyes(path: str | Path) -> bool:
+    """Whether the first of a pair is a file of eyes and no adapter's folder."""
+    return Path(path).suffix == ".safetensors"
 
 
 def _local(source: str | Path) -> str | Path:
