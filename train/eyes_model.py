@@ -54,7 +54,7 @@ _LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are rea
 
 
 def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
-    """LLaVA with a tower of 4.5 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
+    """LLaVA with a tower of 4.9 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
     vision = SiglipVisionConfig(
         hidden_size=256,
         intermediate_size=1024,

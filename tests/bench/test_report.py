@@ -183,8 +183,9 @@ def test_the_readme_is_filled_between_its_markers_only():
         filled(text.replace("decode 0", "decode 7"), {"decode": decoding()})
 
 
-def test_the_readme_of_this_repository_shows_what_its_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["README.md", "bench/results/README.md"])
+def test_pages_of_this_repository_show_what_its_results_say(file: str):
+    text = (ROOT / file).read_text(encoding="utf-8")
     results = ROOT / "bench" / "results"
     shown = re.findall(r"<!-- bench: ([\w.-]+)", text)
     documents = read_folder(results) if results.is_dir() else {}
