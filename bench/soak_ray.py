@@ -59,6 +59,7 @@ class RaySoakReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "benchmark": "soak on ray",
             "requests": self.config.requests,
             "replicas": self.replicas,
             "seconds": round(self.seconds, 1),
