@@ -6,7 +6,8 @@ It reads whatever the engine reads, so what was trained is what is served.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ..engine.models.decoder import Decoder
 from ..engine.models.loader import BUNDLES, codec_of, is_tied, text_config
 from ..engine.text import Codec
 from .batches import padded
-from .native_states import keys_and_values, native_decoder
+from .frozen import Part
+from .native_states import keys_and_values, native_decoder, states_below
 from .recipe import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others scale embeddings or norms, or fuse their linear maps
@@ -33,6 +35,7 @@ class Backbone:
     """model: a causal language model of `layers` layers, a `PeftModel` once it is adapted. content_hash: of all of
     the checkpoint's weights. norm, head: its final norm and output matrix. depth: layers of the whole checkpoint.
     decoder: the engine's of the same weights, which is fast where nothing is learned; None where it is not.
+    first_layer: the first one that an adapter changes; 0 for all, or none.
     invocation: of an activated adapter. In training it is a plain LoRA that sees no other tokens than its own: those
     before come as keys and values of the base."""
 
@@ -47,6 +50,7 @@ class Backbone:
     depth: int
     device: torch.device
     decoder: Decoder | None = None
+    first_layer: int = 0
     invocation: tuple[int, ...] = ()
 
     @property
@@ -89,9 +93,59 @@ class Backbone:
         ids [rows, tokens] are padded on the right, where nothing that counts looks: no mask is needed, and attention
         takes its fast causal path.
         """
-        return self.model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[
-            -1
-        ]
+        with self._products():
+            out = self.model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        return out.hidden_states[-1]
+
+    def frozen(self) -> Part | None:
+        """What of a text is the base's alone: all before an invocation, or what enters the first layer with an
+        adapter; None where the adapter changes everything."""
+        config, dtype = self.model.config, self.model.dtype
+        if self.invocation:
+            heads = config.num_key_value_heads
+            dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            return Part(self.before, lambda tokens: (self.layers, 2, heads, tokens, dim), dtype)
+        if self.first_layer:
+            return Part(self.below, lambda tokens: (tokens, config.hidden_size), dtype)
+        return None
+
+    @torch.no_grad()
+    def below(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """States that enter the first layer with an adapter, each [tokens, hidden]: they are the frozen base's."""
+        if self.decoder is not None:
+            return states_below(self.decoder, rows, self.first_layer)
+        part = self._part(0, self.first_layer)
+        part.norm = nn.Identity()
+        ids, _ = padded(rows, 0, self.device)
+        states = part(input_ids=ids, use_cache=False).last_hidden_state
+        return [states[number, : len(row)] for number, row in enumerate(rows)]
+
+    def above(self, below: Sequence[Tensor]) -> Tensor:
+        """As `states`, [rows, most tokens, hidden], from what `below` gave."""
+        x = nn.utils.rnn.pad_sequence(list(below), batch_first=True).to(self.device)
+        with self._products():
+            return self._part(self.first_layer, self.layers)(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    def _part(self, first: int, last: int) -> Any:
+        """The layers [first, last) of the decoder as a decoder, of the same weights."""
+        whole = (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).model
+        part = copy.copy(whole)
+        part._modules = {**whole._modules, "layers": whole.layers[first:last]}
+        if getattr(whole.config, "layer_types", None) is not None:
+            part.config = copy.copy(whole.config)
+            part.config.layer_types = whole.config.layer_types[first:last]
+        return part
+
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        """Adapters are fp32 so that small steps count; their products are of the base's dtype, as in the engine."""
+        if self.model.dtype is torch.float32 or not hasattr(self.model, "peft_config"):
+            yield
+            return
+        from peft.helpers import disable_input_dtype_casting
+
+        with torch.autocast(self.device.type, self.model.dtype), disable_input_dtype_casting(self.model):
+            yield
 
     def active_states(self, rows: Sequence[Sequence[int]], active: Sequence[int]) -> Tensor:
         """[rows, most active tokens, hidden] of the tokens that an activated adapter applies to, each row's from
@@ -129,20 +183,22 @@ class Backbone:
         seen = torch.cat((there.unsqueeze(1).expand(-1, count, -1), own.expand(len(rows), -1, -1)), 2)
         lowest = torch.finfo(self.model.dtype).min
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill(~seen, lowest)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask.unsqueeze(1),
-            position_ids=lengths.unsqueeze(1) + torch.arange(count, device=self.device),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        )
+        with self._products():
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask.unsqueeze(1),
+                position_ids=lengths.unsqueeze(1) + torch.arange(count, device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=True,
+                logits_to_keep=1,
+            )
         return out.hidden_states[-1]
 
     def logits(self, ids: Tensor) -> Tensor:
         """[rows, tokens, vocabulary]; as in `states`."""
-        return self.model(input_ids=ids, use_cache=False).logits
+        with self._products():
+            return self.model(input_ids=ids, use_cache=False).logits
 
 
 def open_backbone(
@@ -197,13 +253,18 @@ def open_backbone(
 
 
 def adapt(backbone: Backbone, recipe: Recipe, invocation: Sequence[int] = ()) -> Backbone:
-    """The backbone with a fresh LoRA on `recipe.targets` of all its layers, in fp32; the rest is frozen. For "full"
-    nothing is added and everything is trained.
+    """The backbone with a fresh LoRA on `recipe.targets` of its layers from `recipe.first_layer` on, in fp32; the
+    rest is frozen. For "full" nothing is added and everything is trained.
 
-    Raises `MissingExtra` without `peft`, and `BadInput` for an activated one on a model whose tokens see a window.
+    Raises `MissingExtra` without `peft`; `BadInput` for a first layer above the last, and for an activated adapter on
+    a model whose tokens see a window.
     """
     if recipe.adapter == "full":
         return backbone
+    if recipe.first_layer >= backbone.layers:
+        raise BadInput(
+            f"the first layer with an adapter must be 0 to {backbone.layers - 1}, not {recipe.first_layer}"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -215,19 +276,23 @@ def adapt(backbone: Backbone, recipe: Recipe, invocation: Sequence[int] = ()) ->
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(recipe.targets),
-        layers_to_transform=list(range(backbone.layers)),
+        layers_to_transform=list(range(recipe.first_layer, backbone.layers)),
         base_model_name_or_path=backbone.source,
     )
     if invocation:
         window = getattr(backbone.model.config, "sliding_window", None)
         if window is not None and window < backbone.context:
             raise BadInput(f"tokens of {backbone.source} see the last {window} only: no activated adapter is trained")
-        # few queries, many keys: the fused kernel's backward alone took a third of a step on a CPU
+    if invocation or backbone.device.type == "cpu":
+        # the fused kernel's backward alone takes a quarter of a step on a CPU, a third behind kept keys and values
         backbone.model.set_attn_implementation("eager")
     model = get_peft_model(backbone.model, config)
     model.peft_config["default"].base_model_name_or_path = backbone.source
-    decoder = native_decoder(backbone.source, backbone.model.dtype, backbone.device) if invocation else None
-    return replace(backbone, model=model, decoder=decoder, invocation=tuple(invocation))
+    kept = invocation or recipe.first_layer
+    decoder = native_decoder(backbone.source, backbone.model.dtype, backbone.device) if kept else None
+    return replace(
+        backbone, model=model, decoder=decoder, first_layer=recipe.first_layer, invocation=tuple(invocation)
+    )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -39,6 +39,12 @@ DecayOption = Annotated[float, typer.Option("--weight-decay")]
 RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of the LoRA.")]
 AlphaOption = Annotated[int, typer.Option("--alpha", min=1, help="Of the LoRA.")]
 DropoutOption = Annotated[float, typer.Option("--dropout", help="Of the LoRA.")]
+FirstLayerOption = Annotated[
+    int,
+    typer.Option(
+        "--first-layer", min=0, help="The first with a LoRA, from 0; layers below are read once, not trained."
+    ),
+]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option("--target", help="A linear map that gets a LoRA; repeatable. (default: q_proj, v_proj)"),
@@ -80,6 +86,7 @@ def detector(
     alpha: AlphaOption = 32,
     dropout: DropoutOption = 0.1,
     target: TargetOption = None,
+    first_layer: FirstLayerOption = 0,
     seed: SeedOption = 0,
     limit: LimitOption = None,
     measured: Annotated[
@@ -112,6 +119,7 @@ def detector(
     recipe = recipe_of(
         adapter, rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed, head_rate
     )
+    recipe = replace(recipe, first_layer=first_layer)
     console = Console(highlight=False)
     with telling(console) as told:
         card = train_detector(

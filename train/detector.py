@@ -29,11 +29,11 @@ from .corpus import Corpus, read_corpus
 from .data import Example, Kind, Part, Source, sizes
 from .detector_card import DetectorCard, Rate
 from .fit import fit_logistic, threshold_at
+from .frozen import Frozen
 from .loop import SAVE_SECONDS, Progress, Trained, fingerprint, train
 from .losses import harm_loss, pairwise_loss, streaming_loss
 from .outcome import Folder, versions
 from .own_answers import own_answers
-from .prefixes import Prefixes
 from .quality import Beginnings, flagged, quality, where
 from .readings import Reading, beginnings_of, conversation_reading, pool, text_reading
 from .recipe import Recipe
@@ -116,26 +116,26 @@ class HarmModel:
     pooling: Pooling
 
     def pooled(
-        self, readings: Sequence[Reading], beginnings: bool, before: Sequence[Tensor] | None = None
+        self, readings: Sequence[Reading], beginnings: bool, known: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `readings.pool` has it. before: see `Backbone.before`, where it is known."""
+        """As `readings.pool` has it. known: what `Backbone.frozen` reads of them, where that is known."""
         device, rows = self.backbone.device, [reading.tokens for reading in readings]
-        active = [reading.active_from for reading in readings if reading.active_from is not None]
-        if active:
-            after = [row[first:] for row, first in zip(rows, active, strict=True)]
-            states = (
-                self.backbone.active_states(rows, active) if before is None else self.backbone.after(before, after)
-            )
-            last = states[torch.arange(len(rows)), [len(row) - 1 for row in after]].float()
-            return last.unsqueeze(1), torch.zeros(len(rows), 0, dtype=torch.bool, device=device)
-        ids, _ = padded(rows, 0, device)
-        return pool(self.backbone.states(ids), readings, self.pooling, beginnings)
+        if known is None and (part := self.backbone.frozen()) is not None:
+            known = part.read([row[: reading.active_from] for row, reading in zip(rows, readings, strict=True)])
+        if known is None:
+            return pool(self.backbone.states(padded(rows, 0, device)[0]), readings, self.pooling, beginnings)
+        after = [reading.tokens[reading.active_from :] for reading in readings if reading.active_from is not None]
+        if not after:
+            return pool(self.backbone.above(known), readings, self.pooling, beginnings)
+        states = self.backbone.after(known, after)
+        last = states[torch.arange(len(rows)), [len(row) - 1 for row in after]].float()
+        return last.unsqueeze(1), torch.zeros(len(rows), 0, dtype=torch.bool, device=device)
 
     def logits(
-        self, readings: Sequence[Reading], beginnings: bool = False, before: Sequence[Tensor] | None = None
+        self, readings: Sequence[Reading], beginnings: bool = False, known: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(of the answers [n], of their beginnings [n, marks], infinity where an answer has none)."""
-        pooled, there = self.pooled(readings, beginnings, before)
+        pooled, there = self.pooled(readings, beginnings, known)
         logits = self.head(pooled)
         return logits[:, 0], logits[:, 1:].masked_fill(~there, torch.inf)
 
@@ -202,10 +202,10 @@ def train_detector(
         form.pooling,
     )
     labels = torch.tensor([corpus.examples[place].harmless for place in places])
-    prefixes = _prefixes(model.backbone, training, folder, progress)
+    frozen = _frozen(model.backbone, training, folder, progress)
     if not normed:
-        _begin(model, training, labels, recipe.seed, prefixes)
-    trained = _train(model, corpus, training, places, labels, form, recipe, folder, prefixes, progress, save_seconds)
+        _begin(model, training, labels, recipe.seed, frozen)
+    trained = _train(model, corpus, training, places, labels, form, recipe, folder, frozen, progress, save_seconds)
     model.backbone.settle()
     parts = {part: texts.of(corpus, part, backbone.context, measured) for part in (Part.VALIDATION, Part.TEST)}
     scores = {
@@ -275,25 +275,23 @@ def _check(form: Form, recipe: Recipe) -> None:
         raise BadInput(f"beginnings must be at least 0, not {form.beginnings}")
 
 
-def _prefixes(
+def _frozen(
     backbone: Backbone, readings: Sequence[Reading], folder: Folder, progress: Progress | None
-) -> Prefixes | None:
-    """What an activated adapter does not change of the readings; None for any other, which changes all."""
-    rows = [reading.tokens[: reading.active_from] for reading in readings if reading.active_from is not None]
-    if not rows:
+) -> Frozen | None:
+    part = backbone.frozen()
+    if part is None:
         return None
+    rows = [reading.tokens[: reading.active_from] for reading in readings]
     # where another run was interrupted, its file is of no use
-    own = fingerprint(backbone.content_hash, backbone.layers, backbone.model.dtype, rows)[:12]
-    return Prefixes(backbone, rows, folder.work / f"prefixes-{own}.bin", progress)
+    own = fingerprint(backbone.content_hash, backbone.layers, backbone.first_layer, backbone.model.dtype, rows)[:12]
+    return Frozen(part, rows, folder.work / f"frozen-{own}.bin", progress)
 
 
-def _before(prefixes: Prefixes | None, numbers: Sequence[int]) -> list[Tensor] | None:
-    return None if prefixes is None else [prefixes[number] for number in numbers]
+def _known(frozen: Frozen | None, numbers: Sequence[int]) -> list[Tensor] | None:
+    return None if frozen is None else [frozen[number] for number in numbers]
 
 
-def _begin(
-    model: HarmModel, readings: Sequence[Reading], labels: Tensor, seed: int, prefixes: Prefixes | None
-) -> None:
+def _begin(model: HarmModel, readings: Sequence[Reading], labels: Tensor, seed: int, frozen: Frozen | None) -> None:
     """Fit the head to the states of the backbone as it is, of some answers of each label."""
     rng = random.Random(f"{seed} begin")
     chosen: list[int] = []
@@ -305,7 +303,7 @@ def _begin(
     with torch.no_grad():
         for batch in sorted_batches([len(readings[index].tokens) for index in chosen], READ_TOKENS):
             numbers = [chosen[place] for place in batch]
-            pooled, _ = model.pooled([readings[number] for number in numbers], False, _before(prefixes, numbers))
+            pooled, _ = model.pooled([readings[number] for number in numbers], False, _known(frozen, numbers))
             features[batch] = pooled[:, 0].cpu()
     model.head.begin(features, labels[chosen])
 
@@ -319,7 +317,7 @@ def _train(
     form: Form,
     recipe: Recipe,
     folder: Folder,
-    prefixes: Prefixes | None,
+    frozen: Frozen | None,
     progress: Progress | None,
     save_seconds: float,
 ) -> Trained:
@@ -330,7 +328,7 @@ def _train(
     def loss(batch: list[int]) -> Tensor:
         rows = [index for unit in batch for index in units[unit]]
         some, beginnings = [readings[index] for index in rows], form.beginnings > 0
-        whole, early = model.logits(some, beginnings, _before(prefixes, rows))
+        whole, early = model.logits(some, beginnings, _known(frozen, rows))
         wanted = labels[rows].to(whole.device)
         value = (
             pairs_loss(whole, wanted, [len(units[unit]) for unit in batch])

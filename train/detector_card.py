@@ -89,6 +89,7 @@ class DetectorCard:
         spec, recipe = self.spec, self.recipe
         lora = (
             f", rank {recipe.rank}, alpha {recipe.alpha}, dropout {recipe.dropout:g} on {', '.join(recipe.targets)}"
+            + (f" from layer {recipe.first_layer} on" if recipe.first_layer else "")
         )
         load = {
             "lora": "Load it as `ADAPTER,BASE` (merged into weights of its own) or `attach:ADAPTER` (on the MLLM's).",

@@ -1,5 +1,5 @@
-"""Keys and values of texts from the engine's native layers: two to three times as fast as `transformers` on one core,
-and the same numbers that serving has."""
+"""States, or keys and values, of texts from the engine's native layers: two to three times as fast as `transformers`
+on one core, and the same numbers that serving has."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def native_decoder(source: str | Path, dtype: torch.dtype, device: torch.device)
 @torch.inference_mode()
 def keys_and_values(decoder: Decoder, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
     """Of the first `depth` layers, each [depth, 2, kv_heads, tokens, head_dim]; rotated, as caches hold them."""
+    return [kv for _, kv in _run(decoder, rows, depth)]
+
+
+@torch.inference_mode()
+def states_below(decoder: Decoder, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
+    """After the first `depth` layers, each [tokens, hidden], un-normed."""
+    return [states for states, _ in _run(decoder, rows, depth)]
+
+
+def _run(decoder: Decoder, rows: Sequence[Sequence[int]], depth: int) -> list[tuple[Tensor, Tensor]]:
     assert decoder.native is not None
     config, lengths = decoder.config, [len(row) for row in rows]
     kv = torch.empty(depth, 2 * config.kv_heads, sum(lengths), config.head_dim, dtype=decoder.dtype)
@@ -36,4 +46,5 @@ def keys_and_values(decoder: Decoder, rows: Sequence[Sequence[int]], depth: int)
     x = decoder.embed(torch.tensor([token for row in rows for token in row]))
     angles = decoder.angles(torch.cat([torch.arange(length) for length in lengths]))
     decoder.native.run(0, depth, x, angles, torch.arange(len(x)), [RaggedGroup(caches, spans)])
-    return [kv[:, :, at : at + n].unflatten(1, (2, config.kv_heads)) for at, n in zip(starts, lengths, strict=True)]
+    pairs = kv.unflatten(1, (2, config.kv_heads))
+    return [(x[at : at + n], pairs[:, :, :, at : at + n]) for at, n in zip(starts, lengths, strict=True)]

@@ -19,8 +19,8 @@ class Recipe:
 
     rate: of the adapter or, where all is trained, of the model; head_rate: of a detector's head. batch: examples a
     step. max_tokens: of an example; longer ones are cut (an answer) or left out (a rewrite). adapter: LoRA on all
-    tokens, activated LoRA, or none ("full"). rank, alpha, dropout, targets: of the LoRA. seed: of weights, order,
-    dropout and splits.
+    tokens, activated LoRA, or none ("full"). rank, alpha, dropout, targets: of the LoRA. first_layer: the first one
+    with a LoRA, counted from 0; what lies below is the base's. seed: of weights, order, dropout and splits.
 
     Raises `BadInput` for values out of range.
     """
@@ -37,6 +37,7 @@ class Recipe:
     alpha: int = 32
     dropout: float = 0.1
     targets: tuple[str, ...] = TARGETS
+    first_layer: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +52,10 @@ class Recipe:
                 raise BadInput(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if not 0 <= self.weight_decay < float("inf"):
             raise BadInput(f"weight_decay must be at least 0, not {self.weight_decay}")
+        if self.first_layer < 0 or (self.first_layer and self.adapter == "full"):
+            raise BadInput(
+                f"first_layer must be at least 0, and 0 where all weights are trained, not {self.first_layer}"
+            )
         if self.adapter not in get_args(Kind):
             raise BadInput(f"adapter must be one of {', '.join(get_args(Kind))}, not {self.adapter!r}")
         unknown = [name for name in self.targets if name not in LINEARS]
