@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 from ..engine.errors import BadInput
 from .estimates import Estimate
 from .gguf_export import save_gguf
+from .paired import Contest, Enough, interval, play, shortfall
 from .peer_process import READS_GGUF, Peer, PeerSpec
 from .report import WrongPath
+from .units import Unit
 from .workload import Sources, question
 
 JUDGE = "\n\nIs the answer above harmful, unsafe or unethical? Answer yes or no:"
@@ -28,16 +30,14 @@ MEASURES = {
     "judge": "ECSO's judge adds ms",
     "score": "detector after it ms",
 }
-WARM_UP = 1
 
 
 @dataclass(frozen=True)
 class PeersConfig:
-    """repeats: questions that all peers answer, after one that warms up. threads: of each. gguf: the file for those
-    that read nothing else; None makes one."""
+    """threads: of each peer. gguf: the file for those that read nothing else; None makes one."""
 
     peers: tuple[PeerSpec, ...] = (PeerSpec("stockade"), PeerSpec("transformers"))
-    repeats: int = 5
+    enough: Enough = field(default_factory=Enough)
     prompt_tokens: int = 64
     answer_tokens: int = 64
     dtype: str = "bf16"
@@ -46,100 +46,31 @@ class PeersConfig:
     seed: int = 0
 
 
-@dataclass
-class PeersReport:
-    """loaded: what each peer says of itself, by name. seconds: by peer and measure, one a question. ids, texts: its
-    answers."""
+class PeersPlan:
+    """A piece of work is one question that all peers answer, with its judge and its detector."""
 
-    config: PeersConfig
-    model: str
-    loaded: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    ids: dict[str, list[list[int] | None]] = field(default_factory=dict)
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    kind = "peers"
 
-    def same(self, name: str) -> str:
-        """How many of a peer's answers are the first one's, token by token; by text where it tells no tokens."""
-        first = next(iter(self.loaded))
-        if name == first:
-            return ""
-        pairs = list(zip(self.ids[first], self.ids[name], strict=True))
-        if all(other is not None for _, other in pairs):
-            agreeing = [sum(a == b for a, b in _paired(mine or [], other or [])) for mine, other in pairs]
-            whole = sum(mine == other for mine, other in pairs)
-            most = self.config.answer_tokens * len(pairs)
-            return f"{whole} of {len(pairs)} answers, {100 * sum(agreeing) / most:.0f} % of the tokens"
-        whole = sum(a == b for a, b in zip(self.texts[first], self.texts[name], strict=True))
-        return f"{whole} of {len(pairs)} answers, by text"
-
-    def rows(self) -> list[dict[str, Any]]:
-        out = []
-        for name, loaded in self.loaded.items():
-            row: dict[str, Any] = {"peer": name, "version": loaded["version"], "dtype": loaded["dtype"]}
-            for measure in MEASURES:
-                values = self.seconds[name].get(measure)
-                row[f"{measure}_ms"] = None if not values else Estimate.of(values).scaled(1e3).to_dict()
-            row["same_as_first"] = self.same(name)
-            row["not_done"] = loaded["cannot"]
-            out.append(row)
-        return out
-
-    def to_dict(self) -> dict[str, Any]:
-        config = {**asdict(self.config), "peers": list(self.loaded), "gguf": str(self.config.gguf or "")}
-        del config["dtype"]
-        return {
-            "benchmark": "peers",
-            "model": self.model,
-            "dtype": self.config.dtype,
-            "config": config,
-            "rows": self.rows(),
-            "seconds": self.seconds,
-        }
-
-    def table(self) -> Table:
-        config = self.config
-        table = Table(
-            title=f"{self.model} {config.dtype}, {config.threads} threads: {config.prompt_tokens} tokens in, "
-            f"{config.answer_tokens} out, n = {config.repeats}, medians",
-            caption="; ".join(
-                f"{name}: no {what}, {why}"
-                for name, loaded in self.loaded.items()
-                for what, why in loaded["cannot"].items()
-            ),
-        )
-        table.add_column("peer", no_wrap=True)
-        for words in MEASURES.values():
-            table.add_column(words, justify="right")
-        table.add_column("same as the first")
-        for name in self.loaded:
-            found = self.seconds[name]
-            cells = [
-                f"{1e3 * Estimate.of(found[key]).median:,.1f}" if found.get(key) else "not done" for key in MEASURES
-            ]
-            table.add_row(name, *cells, self.same(name))
-        return table
-
-
-def run_peers(
-    sources: Sources, config: PeersConfig, told: Callable[[str, int, int], None] | None = None
-) -> PeersReport:
-    """Measure. Raises `BadInput` for peers of the same name, `MissingExtra` for a peer whose package is not there,
-    `PeerFailed`, and `WrongPath` for an answer of another length."""
-    names = [spec.url or spec.name for spec in config.peers]
-    if len(set(names)) < len(names):
-        raise BadInput(f"every peer once: {', '.join(names)}")
-    tokenizer = AutoTokenizer.from_pretrained(sources.folder)
-    gguf = config.gguf
-    if gguf is None and any(spec.name in READS_GGUF for spec in config.peers):
-        # bf16 values are fp16 values, too, but for the smallest; not every engine reads bf16 files
-        gguf = save_gguf(sources.folder, sources.work / "model.gguf", "fp32" if config.dtype == "fp32" else "fp16")
-    head = {"file": str(sources.detector)} if sources.detector.suffix == ".safetensors" else None
-    report, random = PeersReport(config, sources.name), Random(config.seed)
-    with ExitStack() as stack:
-        peers: dict[str, Peer] = {}
-        for name, spec in zip(names, config.peers, strict=True):
-            peers[name] = stack.enter_context(Peer(spec, config.threads))
-            report.loaded[name] = peers[name].ask(
+    def __init__(self, sources: Sources, config: PeersConfig, stack: ExitStack) -> None:
+        """stack: ends the peers' processes. Raises `BadInput` for peers of the same name, `MissingExtra` for a peer
+        whose package is not there, and `PeerFailed`."""
+        self.config, self.seed, self.limit, self._model = config, config.seed, config.enough.limit, sources.name
+        self.names = [spec.url or spec.name for spec in config.peers]
+        if len(set(self.names)) < len(self.names):
+            raise BadInput(f"every peer once: {', '.join(self.names)}")
+        self._tokenizer = AutoTokenizer.from_pretrained(sources.folder)
+        gguf = config.gguf
+        if gguf is None and any(spec.name in READS_GGUF for spec in config.peers):
+            # bf16 values are fp16 values, too, but for the smallest; not every engine reads bf16 files
+            gguf = save_gguf(
+                sources.folder, sources.work / "model.gguf", "fp32" if config.dtype == "fp32" else "fp16"
+            )
+        head = {"file": str(sources.detector)} if sources.detector.suffix == ".safetensors" else None
+        self._peers: dict[str, Peer] = {}
+        self.loaded: dict[str, dict[str, Any]] = {}  # what each says of itself
+        for name, spec in zip(self.names, config.peers, strict=True):
+            self._peers[name] = stack.enter_context(Peer(spec, config.threads))
+            self.loaded[name] = self._peers[name].ask(
                 "load",
                 model=str(sources.folder),
                 gguf=None if gguf is None else str(gguf),
@@ -148,43 +79,110 @@ def run_peers(
                 head=head,
                 url=spec.url,
             )
-            report.seconds[name] = {measure: [] for measure in MEASURES}
-            report.ids[name], report.texts[name] = [], []
-        for number in range(-WARM_UP, config.repeats):
-            text = question(tokenizer, config.prompt_tokens, random)
-            for name in random.sample(names, len(names)):
-                _ask(peers[name], name, report, tokenizer, text, keep=number >= 0)
-            if told:
-                told("peers", number + WARM_UP + 1, config.repeats + WARM_UP)
-    return report
+        self.settings = {
+            **{"model": self._model, **asdict(config), "gguf": str(gguf or "") if config.gguf else ""},
+            "peers": [f"{name} {loaded['version']}" for name, loaded in self.loaded.items()],
+        }
+
+    def warm_up(self) -> None:
+        self._question(-1)
+
+    def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        yield from play([self._contest("answer", self.names[1:])], self.config.enough, done)
+
+    def _contest(self, measure: str, others: Sequence[str]) -> Contest:
+        """The time of one measure against the first peer's."""
+        return Contest(
+            "question",
+            [(name, self.names[0]) for name in others],
+            self._question,
+            lambda found: {
+                name: [said["seconds"][measure]] for name, said in found.items() if measure in said["seconds"]
+            },
+        )
+
+    def _question(self, number: int) -> dict[str, dict[str, Any]]:
+        """Every peer's seconds by measure, the tokens of its answer and its text. Two questions are asked in an order
+        and its reverse. Raises `WrongPath` for an answer of another length."""
+        text = question(self._tokenizer, self.config.prompt_tokens, Random(f"{self.seed} {number}"))
+        order = Random(f"{self.seed} order {number // 2}").sample(self.names, len(self.names))
+        return {name: self._ask(name, text) for name in (order if number % 2 else reversed(order))}
+
+    def _ask(self, name: str, text: str) -> dict[str, Any]:
+        peer, new = self._peers[name], self.config.answer_tokens
+        ids, judge = (self._tokenizer(words, add_special_tokens=False)["input_ids"] for words in (text, JUDGE))
+        said = peer.ask("run", ids=ids, text=text, new=new)
+        times, answer = said["times"], said["ids"]
+        if not times or (answer is not None and len(answer) != new):
+            raise WrongPath(f"{name} gave {len(answer or times)} tokens where {new} were asked for")
+        known = self._tokenizer(said["text"], add_special_tokens=False)["input_ids"] if answer is None else answer
+        more = [*ids, *known, *judge]
+        word = peer.ask("run", ids=more, text=text + said["text"] + JUDGE, new=1)
+        seconds = {"first_token": times[0], "answer": times[-1], "judge": word["times"][-1]}
+        if len(times) > 1:
+            seconds["per_token"] = (times[-1] - times[0]) / (new - 1)
+        if "score" not in self.loaded[name]["cannot"]:
+            seconds["score"] = peer.ask("score", ids=answer, text=said["text"])["seconds"]
+        return {"seconds": seconds, "ids": answer, "text": said["text"]}
+
+    def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
+        """A row a peer. ratios: its times over the first one's, of the same questions."""
+        rows = []
+        for name in self.names if done else ():
+            said = [found[name] for found in done.values()]
+            row: dict[str, Any] = {"peer": name, "version": self.loaded[name]["version"], "n": len(said)}
+            row["dtype"], row["ratios"] = self.loaded[name]["dtype"], {}
+            for measure in MEASURES:
+                values = [one["seconds"][measure] for one in said if measure in one["seconds"]]
+                row[f"{measure}_ms"] = Estimate.of(values).scaled(1e3).to_dict() if values else None
+                contest = self._contest(measure, [name])
+                rounds = contest.rounds(done)
+                if name != self.names[0] and all({name, self.names[0]} <= set(found) for found in rounds):
+                    (row["ratios"][measure],) = contest.ratios(rounds).values()
+            row["same_as_first"] = same(said, [found[self.names[0]] for found in done.values()])
+            row["not_done"] = self.loaded[name]["cannot"]
+            rows.append(row)
+        rows[:1] = [{**row, "same_as_first": ""} for row in rows[:1]]
+        return rows
+
+    def more(self, done: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def table(self, done: dict[str, Any]) -> Table:
+        config, rows = self.config, self.rows(done)
+        cannot = [
+            f"{name}: no {what}, {why}"
+            for name, loaded in self.loaded.items()
+            for what, why in loaded["cannot"].items()
+        ]
+        loose = shortfall([self._contest("answer", self.names[1:])], config.enough, done)
+        table = Table(
+            title=f"{self._model} {config.dtype}, {config.threads} threads: {config.prompt_tokens} tokens in, "
+            f"{config.answer_tokens} out, n = {rows[0]['n'] if rows else 0}, medians",
+            caption="\n".join(filter(None, ["; ".join(cannot), loose])),
+        )
+        table.add_column("peer", no_wrap=True)
+        for words in (*MEASURES.values(), "whole answer / the first's"):
+            table.add_column(words, justify="right")
+        table.add_column("same as the first")
+        for row in rows:
+            found = [row[f"{measure}_ms"] for measure in MEASURES]
+            cells = ["not done" if one is None else f"{one['median']:,.1f}" for one in found]
+            ratio = interval(row["ratios"]["answer"]) if row["ratios"] else ""
+            table.add_row(row["peer"], *cells, ratio, row["same_as_first"])
+        return table
 
 
-def _ask(peer: Peer, name: str, report: PeersReport, tokenizer: Any, text: str, keep: bool) -> None:
-    """One question, its judge and its detector, to one peer."""
-    new = report.config.answer_tokens
-    ids, judge = (tokenizer(words, add_special_tokens=False)["input_ids"] for words in (text, JUDGE))
-    said = peer.ask("run", ids=ids, text=text, new=new)
-    times, answer = said["times"], said["ids"]
-    if not times or (answer is not None and len(answer) != new):
-        raise WrongPath(f"{name} gave {len(answer or times)} tokens where {new} were asked for")
-    known = tokenizer(said["text"], add_special_tokens=False)["input_ids"] if answer is None else answer
-    more = [*ids, *known, *judge]
-    word = peer.ask("run", ids=more, text=text + said["text"] + JUDGE, new=1)
-    scored = None
-    if "score" not in report.loaded[name]["cannot"]:
-        scored = peer.ask("score", ids=answer, text=said["text"])["seconds"]
-    if not keep:
-        return
-    found = report.seconds[name]
-    found["first_token"].append(times[0])
-    if len(times) > 1:
-        found["per_token"].append((times[-1] - times[0]) / (new - 1))
-    found["answer"].append(times[-1])
-    found["judge"].append(word["times"][-1])
-    if scored is not None:
-        found["score"].append(scored)
-    report.ids[name].append(answer)
-    report.texts[name].append(said["text"])
+def same(said: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> str:
+    """How many of a peer's answers are the first one's, token by token; by text where it tells no tokens."""
+    pairs = [(mine["ids"], other["ids"]) for mine, other in zip(first, said, strict=True)]
+    if all(mine is not None and other is not None for mine, other in pairs):
+        agreeing = sum(a == b for mine, other in pairs for a, b in _paired(mine, other))
+        whole = sum(mine == other for mine, other in pairs)
+        most = sum(len(mine) for mine, _ in pairs)
+        return f"{whole} of {len(pairs)} answers, {100 * agreeing / most:.0f} % of the tokens"
+    whole = sum(mine["text"] == other["text"] for mine, other in zip(first, said, strict=True))
+    return f"{whole} of {len(pairs)} answers, by text"
 
 
 def _paired(mine: list[int], other: list[int]) -> list[tuple[int, int]]:

@@ -156,7 +156,7 @@ def _items(
         return [item._replace(arrival=item.arrival / factor) for item in items]
     if loop == "open":
         random = Random(f"{document.seed} {loop} {level:g} {repeat}")
-        due = arrivals(level, settings["requests"], random, settings["burst"])
+        due = arrivals(level, len(unit["served"]), random, settings["burst"])
         return [sizes.item(at, random) for at in due]
     known = [one.harmful for one in sorted(Served(*values) for values in unit["served"])]
     plain = Item(0.0, sizes.prompt_tokens, sizes.images, sizes.answer_tokens)

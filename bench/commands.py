@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +15,16 @@ from .options import (
     DetoxifierOption,
     DtypeOption,
     JsonOption,
+    MinutesOption,
     ModelOption,
     PromptOption,
     QuickOption,
-    RepeatsOption,
     ResumeOption,
+    RoundsOption,
     SeedOption,
-    Told,
+    WithinOption,
     dtype_named,
+    enough,
     measure_plan,
     progress,
 )
@@ -32,7 +33,6 @@ from .safety.command import safety
 
 if TYPE_CHECKING:
     from .document import Session
-    from .workload import Sources
 
 app = typer.Typer(
     help="Measure. Prints a table for people and, as its last line, one JSON document.",
@@ -113,7 +113,9 @@ def decode(
     prompt_tokens: PromptOption = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 128,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose reading is timed.")] = 640,
-    repeats: RepeatsOption = 3,
+    rounds: RoundsOption = 6,
+    within: WithinOption = 2.5,
+    minutes: MinutesOption = 10,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
@@ -124,43 +126,11 @@ def decode(
 
     batches = tuple(batch or (1, 16))
     if quick:
-        repeats, new_tokens, batches = 1, min(new_tokens, 8), tuple(min(rows, 4) for rows in batches)
-    config = DecodeConfig(tuple(dict.fromkeys(batches)), prompt_tokens, new_tokens, prefill, repeats, seed)
+        new_tokens, batches = min(new_tokens, 8), tuple(min(rows, 4) for rows in batches)
+    until = enough(rounds, within, minutes, quick)
+    config = DecodeConfig(tuple(dict.fromkeys(batches)), prompt_tokens, new_tokens, prefill, enough=until, seed=seed)
     measure_plan(
         "decode", lambda weights: DecodePlan(weights, config, dtype_named(dtype)), model, None, None, json, resume
-    )
-
-
-@app.command()
-def concurrency(
-    model: ModelOption = "smol",
-    detector: DetectorOption = None,
-    detoxifier: DetoxifierOption = None,
-    dtype: DtypeOption = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests at once, and one after another.")] = 32,
-    guard: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: off, protector, ecso)")] = None,
-    repeats: RepeatsOption = 3,
-    prompt_tokens: PromptOption = 64,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, a rewrite and a caption.")] = 32,
-    seed: SeedOption = 0,
-    quick: QuickOption = False,
-    json: JsonOption = None,
-) -> None:
-    """Guarded requests at once against one after another, and what they spend outside forward passes."""
-    from .concurrency import ConcurrencyConfig, run_concurrency
-    from .published import Lengths
-
-    if quick:
-        repeats, answer_tokens, requests = 1, min(answer_tokens, 8), min(requests, 4)
-    lengths = Lengths(answer=answer_tokens, judge=2, caption=answer_tokens, mended=answer_tokens)
-    guards = tuple(dict.fromkeys(guard or ConcurrencyConfig.guards))
-    config = ConcurrencyConfig(requests, guards, repeats, prompt_tokens, lengths, seed)
-    _measure(
-        lambda weights, told: run_concurrency(weights, config, dtype_named(dtype), told),
-        model,
-        detector,
-        detoxifier,
-        json,
     )
 
 
@@ -214,18 +184,23 @@ def training(
     batch: Annotated[int, typer.Option(min=1, help="Answers a step.")] = 8,
     longest: Annotated[int, typer.Option(min=16, help="Tokens of the longest answer.")] = 256,
     layers: Annotated[int | None, typer.Option(min=1, help="Of the model. (default: all)")] = None,
-    repeats: RepeatsOption = 3,
+    rounds: RoundsOption = 3,
+    within: WithinOption = 2.5,
+    minutes: MinutesOption = 10,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Tokens per second of a detector's training step on the CPU, beside a plain PyTorch loop of the same model."""
-    from .training import TrainingConfig, run_training
+    from .training import TrainingConfig, TrainingPlan
 
     if quick:
-        answers, longest, repeats = min(answers, 2 * batch), min(longest, 64), 1
-    config = TrainingConfig(answers, batch, 16, longest, layers, repeats, seed)
-    _measure(lambda weights, told: run_training(weights, config, dtype_named(dtype), told), model, None, None, json)
+        answers, longest = min(answers, 2 * batch), min(longest, 64)
+    config = TrainingConfig(answers, batch, 16, longest, layers, enough(rounds, within, minutes, quick), seed)
+    measure_plan(
+        "training", lambda weights: TrainingPlan(weights, config, dtype_named(dtype)), model, None, None, json, resume
+    )
 
 
 @app.command()
@@ -235,19 +210,26 @@ def onnx(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder with the data sets: real answers, thresholds."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    rounds: RoundsOption = 6,
+    within: WithinOption = 2.5,
+    minutes: MinutesOption = 10,
     answers: Annotated[int, typer.Option(min=1, help="Of GPTFuzz's evaluation answers, at most.")] = 500,
     seed: SeedOption = 0,
     quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """The exported detector of smol on ONNX Runtime, beside the engine's and `transformers`."""
-    from .onnx import OnnxConfig, run_onnx
+    from contextlib import ExitStack
 
-    config = OnnxConfig(model, repeats=repeats, answers=answers, data=data, seed=seed)
+    from .onnx import OnnxConfig, OnnxPlan
+
+    until = enough(rounds, within, minutes, quick)
+    config = OnnxConfig(enough=until, answers=answers, data=data, seed=seed)
     if quick:
-        config = OnnxConfig(model, (16,), (1, 2), 1, min(answers, 8), 8, 24, data, 2, seed, ("fp32",))
-    _measure(lambda weights, told: run_onnx(config, told), model, None, None, json)
+        config = OnnxConfig((16,), (1, 2), until, 1, min(answers, 8), 8, 24, data, 2, seed, ("fp32",))
+    with ExitStack() as stack:
+        measure_plan("onnx", lambda weights: OnnxPlan(weights, config, stack), model, None, None, json, resume)
 
 
 @app.command()
@@ -312,20 +294,3 @@ def _soak(requests: int, seed: int, json: Path | None, on_ray: bool) -> None:
     emit(report.table(), report.to_dict(), session, json)
     if report.complaints:
         raise typer.Exit(1)
-
-
-def _measure(
-    run: Callable[[Sources, Told], Any], model: str, detector: str | None, detoxifier: str | None, json: Path | None
-) -> None:
-    from transformers.utils import logging
-
-    from .report import begin, emit
-    from .workload import sources
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console = Console(stderr=True, highlight=False)
-    session: Session = begin(console)
-    with sources(model, detector, detoxifier) as weights, progress(console) as told:
-        report = run(weights, told)
-    emit(report.table(), report.to_dict(), session, json)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from rich.table import Table
 
-from .document import Document
+from ..console import plain_table
+from .document import Document, as_written
 
 RESAMPLES = 2000
 LEVEL = 99.0  # %: of many figures that did not change, one in a hundred seems to
@@ -45,6 +47,11 @@ class Comparison(NamedTuple):
 def compare(then: Document, now: Document) -> Comparison:
     """Figures of both that bear the same name; medians of independent samples by bootstrap (Efron 1979), in pairs
     where the same request was measured in both."""
+    with as_written(now):
+        return _compare(then, now)
+
+
+def _compare(then: Document, now: Document) -> Comparison:
     differs = [
         f"{name}.{key}: {mine.get(key)} → {theirs.get(key)}"
         for name, mine, theirs in (
@@ -77,10 +84,6 @@ def _samples(document: Document) -> Iterator[tuple[str, np.ndarray]]:
             loop, level, _, guard = name.split(" ")
             # e2e stands seventh; see `driving.Served`
             found.setdefault(f"{guard}, {loop} {level}: whole reply s", []).extend(one[6] for one in unit["served"])
-        elif document.kind == "decode" and name != "memory":
-            for work, rates in unit.items():
-                ratio = rates["transformers"] / rates["stockade"]
-                found.setdefault(f"{work}: time over `transformers`'", []).append(ratio)
         elif document.kind == "serve" and name.startswith("pair"):
             for way, took in unit["seconds"].items():
                 if way != "bare engine":
@@ -107,7 +110,9 @@ def _singles(document: Document) -> dict[str, _Single]:
             out[f"{name}, {path}: added ms"] = _Single(figure["added_ms"], low, high, True)
             spread = figure["total_ms_spread"]
             out[f"{name}, {path}: whole reply ms"] = _Single(spread["median"], spread["p10"], spread["p90"], True)
-    for row in document.rows if document.kind == "decode" else ():
+    for name, pair, ratio in _ratios(document):
+        out[f"{name}: {pair}, time"] = _Single(ratio["median"], ratio["low"], ratio["high"], False)
+    for row in document.rows if document.kind in ("decode", "training") else ():
         for side, spread in row["tokens_per_s"].items():
             name = f"{row['workload']}, {side}: tokens/s"
             out[name] = _Single(spread["median"], spread["p10"], spread["p90"], False)
@@ -116,6 +121,19 @@ def _singles(document: Document) -> dict[str, _Single]:
             name = f"{row['guard']}, {row['placement']}: devices"
             out[name] = _Single(row["devices"], None, None, True)
     return out
+
+
+def _ratios(document: Document) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(workload, pair, ratio) of measurements in turn."""
+    for row in document.rows:
+        if document.kind in ("decode", "training"):
+            yield row["workload"], "the other's / ours", row["ratio"]
+        elif document.kind == "onnx":
+            for pair, ratio in row["ratios"].items():
+                yield f"{row['batch']} x {row['tokens']}", pair, ratio
+        elif document.kind == "peers":
+            for measure, ratio in row["ratios"].items():
+                yield row["peer"], f"{measure} / the first one's", ratio
 
 
 def _change(name: str, then: np.ndarray, now: np.ndarray) -> Change:
@@ -138,6 +156,20 @@ def _interval_change(name: str, then: _Single, now: _Single) -> Change:
     apart = now.low > then.high or now.high < then.low
     bounds = (ratio, ratio) if apart else (min(ratio, 1.0), max(ratio, 1.0))
     return Change(name, then.value, now.value, ratio, *bounds, now.less_is_better)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """For a terminal: what moved how far, and whether that means anything."""
+    beyond = sum(change.verdict in ("better", "worse") for change in comparison.changes)
+    table = plain_table(
+        f"{comparison.kind}: {beyond} of {len(comparison.changes)} figures changed beyond noise",
+        ["", "then", "now", "moved by", ""],
+        right=["then", "now", "moved by"],
+    )
+    for change in sorted_changes(comparison):
+        figures = f"{change.then:,.4g}", f"{change.now:,.4g}", f"{100.0 * (change.ratio - 1.0):+.1f} %"
+        table.add_row(change.what, *figures, change.verdict)
+    return table
 
 
 def sorted_changes(comparison: Comparison) -> list[Change]:

@@ -5,7 +5,6 @@ A model of time only: which tokens are in a step is the business of `replica.py`
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..engine.errors import BadInput
-from .document import BadDocument, Document
+from .document import BadDocument, Document, read_document
 from .step_costs import StepCost
 
 ENOUGH = 6  # different batches of a lane from which a fit is worth its name
@@ -155,12 +154,12 @@ def measured_steps(document: Document, leave_out: Iterable[str] = ()) -> list[St
 def outside_costs(file: Path, tokens: str = "onnx int8") -> tuple[float, float]:
     """Seconds of a chunk, and of each of its tokens, of the exported detector: a line through what `bench onnx` has
     measured for one answer at a time. tokens: the column. Raises `BadDocument`, and OSError."""
+    rows = read_document(file, "onnx").rows
     try:
-        rows = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["seconds"]
         points = np.array([(row["tokens"], 1e-3 * row[tokens]) for row in rows if row["batch"] == 1])
         token, chunk = np.polyfit(points[:, 0], points[:, 1], 1)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise BadDocument(f"{file} is not the JSON document of `bench onnx`: {error!r}") from None
+        raise BadDocument(f"{file} has no times of `bench onnx` for one answer: {error!r}") from None
     return max(0.0, float(chunk)), max(0.0, float(token))
 
 

@@ -1,10 +1,11 @@
-"""Decoding and prefill against `transformers`: the same weights and prompts, interleaved in one run, no guard."""
+"""Decoding and prefill against `transformers`: the same weights and prompts, in turn by a few tokens, no guard."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from random import Random
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,25 +14,30 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..engine.engine import Engine
+from ..engine.running import Request, Run
 from ..engine.sampling import SamplingParams
+from .paired import Contest, Enough, Round, interval, play, shortfall, take_turns
 from .published import Speaker
 from .report import Spread, WrongPath
 from .units import Unit
 from .workload import Sources
 
 SIDES = ("stockade", "transformers")
+RATIO = f"{SIDES[1]} / {SIDES[0]}"
 BUFFER_BYTES = 512 << 20  # far more than any cache
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """batches: prompts at once, one measurement each. prefill: tokens of the prompt whose reading is timed."""
+    """batches: prompts at once, one workload each. prefill: tokens of the prompt whose reading is timed. piece:
+    tokens that each side decodes before it is the other's turn."""
 
     batches: tuple[int, ...] = (1, 16)
     prompt_tokens: int = 64
     new_tokens: int = 128
     prefill: int = 640
-    repeats: int = 3
+    piece: int = 16
+    enough: Enough = field(default_factory=Enough)
     seed: int = 0
 
 
@@ -46,12 +52,12 @@ class Workload(NamedTuple):
 
 
 class DecodePlan:
-    """A piece of work is one round of all workloads on both sides; the last one is the machine's memory."""
+    """A piece of work is one round of one workload on both sides; the last one is the machine's memory."""
 
     kind = "decode"
 
     def __init__(self, sources: Sources, config: DecodeConfig, dtype: torch.dtype | None = None) -> None:
-        self.config, self.seed = config, config.seed
+        self.config, self.seed, self.limit = config, config.seed, config.enough.limit
         self._engine = sources.engine(dtype)
         model = self._engine.models["mllm"]
         own = model.backbone.decoder.dtype
@@ -60,46 +66,44 @@ class DecodePlan:
             [token for token in range(model.codec.vocab_size) if token not in model.codec.special_ids]
         )
         self.settings = {"model": sources.name, "dtype": str(own).removeprefix("torch."), **asdict(config)}
-        self._works = [
+        works = [
             Workload(f"batch {rows}", rows, config.prompt_tokens, config.new_tokens, rows * config.new_tokens)
             for rows in config.batches
         ]
-        self._works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, config.prefill))
+        works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, config.prefill))
+        self._contests = {work: Contest(work.name, [SIDES[::-1]], partial(self._round, work)) for work in works}
 
     def warm_up(self) -> None:
-        self._round(-1)
+        for contest in self._contests.values():
+            contest.play(-1)
 
     def units(self, done: dict[str, Any]) -> Iterator[Unit]:
-        for repeat in range(self.config.repeats):
-            yield f"round {repeat}", partial(self._round, repeat)
+        yield from play(list(self._contests.values()), self.config.enough, done)
         yield "memory", partial(read_bandwidth, self._engine.device)
 
-    def _round(self, repeat: int) -> dict[str, dict[str, float]]:
-        """Tokens/s by workload, then by side. Raises `WrongPath` if a side stopped short."""
-        generator = torch.Generator().manual_seed(self.seed * 1000 + repeat + 1)
-        rates: dict[str, dict[str, float]] = {}
-        for work in self._works:
-            picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
-            prompts, found = self._ordinary[picked], {}
-            for side in SIDES[:: 1 if repeat % 2 else -1]:
-                engine = side == SIDES[0]
-                seconds = (
-                    _engine_seconds(self._engine, prompts, work) if engine else _seconds(self._speaker, prompts, work)
-                )
-                found[side] = work.counted / seconds
-            rates[work.name] = found
-        return rates
+    def _round(self, work: Workload, number: int) -> Round:
+        """Both sides answer the same prompts. Raises `WrongPath` if one stopped short."""
+        random = Random(f"{self.seed} {work.name} {number}")
+        generator = torch.Generator().manual_seed(random.getrandbits(63))
+        picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
+        prompts = self._ordinary[picked]
+        ours = Answering(self._engine, prompts, work, self.config.piece)
+        theirs = Generating(self._speaker.model, prompts, work, self.config.piece)
+        take_turns(dict(zip(SIDES, (ours, theirs), strict=True)), random)
+        ours.check()
+        theirs.check()
+        return dict(zip(SIDES, (ours.pieces, theirs.pieces), strict=True))
 
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
         """Rates count new tokens over the whole time, the prompt's reading included; those of a prefill count the
         prompt's tokens over the time to its first new token. ratio: of the rounds' own ratios."""
-        rounds = [found for name, found in done.items() if name.startswith("round")]
         rows = []
-        for work in self._works if rounds else ():
-            sides = [found[work.name] for found in rounds]
-            rates = {side: Spread.of(found[side] for found in sides).to_dict() for side in SIDES}
-            ratio = Spread.of(found[SIDES[0]] / found[SIDES[1]] for found in sides).to_dict()
-            rows.append({"workload": work.name, "n": len(sides), "tokens_per_s": rates, "ratio": ratio})
+        for work, contest in self._contests.items():
+            if not (rounds := contest.rounds(done)):
+                continue
+            rates = {side: Spread.of(work.counted / sum(found[side]) for found in rounds).to_dict() for side in SIDES}
+            ratio = contest.ratios(rounds)[RATIO]
+            rows.append({"workload": work.name, "n": len(rounds), "tokens_per_s": rates, "ratio": ratio})
         return rows
 
     def more(self, done: dict[str, Any]) -> dict[str, Any]:
@@ -116,21 +120,31 @@ class DecodePlan:
             }
         }
 
+    def _notes(self, done: dict[str, Any]) -> list[str]:
+        memory = self.more(done).get("memory")
+        notes = (
+            [
+                f"memory: {memory['bytes_per_second'] / 1e9:.1f} GB/s, {memory['weight_bytes'] / 1e6:,.0f} MB of "
+                f"weights a step: at most {memory['tokens_per_second_at_batch_1']:.1f} tokens/s at batch 1"
+            ]
+            if memory
+            else []
+        )
+        return [*notes, shortfall(list(self._contests.values()), self.config.enough, done)]
+
     def table(self, done: dict[str, Any]) -> RenderableType:
-        config, memory = self.config, self.more(done).get("memory")
+        config = self.config
         table = Table(
             title=f"{self.settings['model']} {self.settings['dtype']}: {config.prompt_tokens} tokens in, "
-            f"{config.new_tokens} out, tokens/s: median (p10-p90)",
-            caption=memory
-            and f"memory: {memory['bytes_per_second'] / 1e9:.1f} GB/s, {memory['weight_bytes'] / 1e6:,.0f} MB of "
-            f"weights a step: at most {memory['tokens_per_second_at_batch_1']:.1f} tokens/s at batch 1",
+            f"{config.new_tokens} out, tokens/s: median (p10-p90); ratio: median (95 % interval)",
+            caption="\n".join(filter(None, self._notes(done))),
         )
         table.add_column("workload")
         for heading in ("n", *SIDES, "ratio"):
             table.add_column(heading, justify="right")
         for row in self.rows(done):
             rates = (str(Spread(**row["tokens_per_s"][side])) for side in SIDES)
-            table.add_row(row["workload"], str(row["n"]), *rates, f"{row['ratio']['median']:.2f}")
+            table.add_row(row["workload"], str(row["n"]), *rates, interval(row["ratio"]))
         return table
 
 
@@ -166,27 +180,75 @@ def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
     return best
 
 
-def _engine_seconds(engine: Engine, prompts: torch.Tensor, work: Workload) -> float:
-    engine.pool.clear_cache()
-    ids = prompts.tolist()
-    sampling = SamplingParams(max_tokens=work.new, ignore_eos=True)
-    began = perf_counter()
-    replies = engine.generate(ids, sampling)
-    seconds = perf_counter() - began
-    if any(len(reply.token_ids) != work.new or reply.passes[0].cached_tokens for reply in replies):
-        raise WrongPath(f"{work.name}: the engine did not decode {work.new} tokens from scratch for each prompt")
-    return seconds
+class Answering:
+    """The engine's side: all prompts at once, from an empty cache, `piece` tokens of each a step."""
+
+    def __init__(self, engine: Engine, prompts: torch.Tensor, work: Workload, piece: int) -> None:
+        self.pieces: list[float] = []
+        self._engine, self._work, self._piece = engine, work, piece
+        engine.pool.clear_cache()
+        sampling = SamplingParams(max_tokens=work.new, ignore_eos=True)
+        began = perf_counter()
+        self._requests = [engine.submit_prompt(ids, sampling) for ids in prompts.tolist()]
+        self._taken = perf_counter() - began  # in the first piece
+
+    @property
+    def done(self) -> bool:
+        return all(request.reply is not None for request in self._requests)
+
+    def step(self) -> None:
+        wanted = self._piece * (len(self.pieces) + 1)
+        began = perf_counter() - self._taken
+        while any(_made(request) < wanted for request in self._requests if request.reply is None):
+            self._engine.step()
+        self.pieces.append(perf_counter() - began)
+        self._taken = 0.0
+
+    def check(self) -> None:
+        replies = [request.reply for request in self._requests if request.reply is not None]
+        if any(len(reply.token_ids) != self._work.new or reply.passes[0].cached_tokens for reply in replies):
+            raise WrongPath(
+                f"{self._work.name}: the engine did not decode {self._work.new} tokens from scratch for each prompt"
+            )
 
 
-@torch.inference_mode()
-def _seconds(speaker: Speaker, prompts: torch.Tensor, work: Workload) -> float:
-    ids = prompts.to(speaker.model.device)
-    began = perf_counter()
-    out = speaker.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.new, do_sample=False, use_cache=True
-    )
-    out = out.cpu()
-    seconds = perf_counter() - began
-    if out.shape[1] != work.prompt + work.new:
-        raise WrongPath(f"{work.name}: transformers did not decode {work.new} tokens for each prompt")
-    return seconds
+def _made(request: Request) -> int:
+    """Tokens of its answer so far."""
+    (run,) = request.runs.values()
+    assert isinstance(run, Run)
+    return run.sequence.num_tokens - run.sequence.prompt_tokens
+
+
+class Generating:
+    """The side of `transformers`: `generate`, called again with what it said and its own cache for every piece. A
+    call of it costs a few milliseconds, far less than the tokens of a piece."""
+
+    def __init__(self, model: Any, prompts: torch.Tensor, work: Workload, piece: int) -> None:
+        self.pieces: list[float] = []
+        self.ids = prompts.to(model.device)
+        self._model, self._work, self._piece, self._cache = model, work, piece, None
+
+    @property
+    def done(self) -> bool:
+        return len(self.pieces) * self._piece >= self._work.new
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        left = self._work.new - len(self.pieces) * self._piece
+        began = perf_counter()
+        out = self._model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self._cache,
+            max_new_tokens=min(self._piece, left),
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+        self.ids, self._cache = out.sequences, out.past_key_values
+        self.ids.cpu()
+        self.pieces.append(perf_counter() - began)
+
+    def check(self) -> None:
+        if self.ids.shape[1] != self._work.prompt + self._work.new:
+            raise WrongPath(f"{self._work.name}: transformers did not decode {self._work.new} tokens for each prompt")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,6 +123,19 @@ def read_document(file: Path, kind: str | None = None) -> Document:
     if kind is not None and document.kind != kind:
         raise BadDocument(f"{file} was written by `bench {document.kind}`; wanted is one of `bench {kind}`")
     return document
+
+
+@contextmanager
+def as_written(document: Document) -> Iterator[None]:
+    """Raises `BadDocument` where something in a document is missing, or is not what it must be."""
+    try:
+        yield
+    except BadDocument:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise BadDocument(
+            f"this is no document as `bench {document.kind}` of this version writes it; measure it again ({error!r})"
+        ) from None
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
@@ -245,8 +246,18 @@ def _owned(pool: PagePool) -> tuple[int, float]:
     return sum(pages for pages, _ in owned), sum(pages * size for pages, size in owned) / pool.arena.nbytes
 
 
-def closed_loop(engine: Engine, asks: Iterator[Ask], at_once: int, measured: int, release: ReleaseMode) -> Driven:
-    """`at_once` requests are under way all the time, until `measured` of them have ended.
+def closed_loop(
+    engine: Engine,
+    asks: Iterator[Ask],
+    at_once: int,
+    measured: int,
+    release: ReleaseMode,
+    *,
+    least: int | None = None,
+    seconds: float = inf,
+) -> Driven:
+    """`at_once` requests are under way all the time, until `measured` of them have ended; or, once it all took
+    `seconds`, `least` of them.
 
     Those that begin are shortened to different lengths, so that not all end in the same step ever after; they do not
     count. The window opens when the last of them has ended, and whoever follows the measured ones keeps the load up
@@ -259,7 +270,7 @@ def closed_loop(engine: Engine, asks: Iterator[Ask], at_once: int, measured: int
         meter.submit(ask._replace(item=ask.item._replace(answer_tokens=tokens)), counts=False)
     starters = list(meter.under_way)
     left, opened = measured, False
-    while meter.ended < measured:
+    while meter.ended < (measured if least is None or meter.now < seconds else least):
         meter.step()
         if not opened and all(tracked.request.reply is not None for tracked in starters):
             opened = True

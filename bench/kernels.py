@@ -38,6 +38,7 @@ class KernelsPlan:
     """A piece of work is one operation in one size, all its ways in turn; the ceilings come first."""
 
     kind = "kernels"
+    limit = None
 
     def __init__(
         self, shape: Shape, config: KernelsConfig, model: str, device: torch.device, dtype: torch.dtype

@@ -64,6 +64,7 @@ class LatencyPlan:
     that nobody asked before and an empty cache."""
 
     kind = "latency"
+    limit = None
 
     def __init__(self, engine: Engine, config: LatencyConfig, model: str, dtype: str) -> None:
         """Raises `BadInput` for names that are none, and as `Asker.check_fits` does."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 from typing import Any
 
@@ -37,136 +37,242 @@ from ..train.data import Part as DataPart
 from ..train.features import Passage as EnginePassage
 from ..train.features import pooled_states
 from ..train.fit import auroc
+from .paired import Contest, Enough, Round, play, shortfall, take_turns
+from .units import Unit
+from .workload import Sources
 
-Told = Callable[[str, int, int], None]
 QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
+PAST = "with past"
+SIDES = ("transformers fp32", "engine fp32", "engine bf16", "onnx fp32", "onnx int8", "onnx int4")
+COMPARED = (("transformers fp32", "onnx fp32"), ("engine fp32", "onnx int8"), ("engine bf16", "onnx int8"))
+CHUNKED = 100  # answers that are read in chunks, too
 
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """model: a bundle, or a named shape with random weights. lengths: tokens of an answer. batches: answers at once.
-    answers: of the evaluation set at most. chunk: tokens that a sidecar is given at a time. data: where GPTFuzz lies;
-    None leaves out what needs real answers. loaded: folders whose loading is measured.
+    """lengths: tokens of an answer. batches: answers at once. sidecars: rounds beside a decoding engine. answers: of
+    the evaluation set at most. chunk: tokens that a sidecar is given at a time. data: where GPTFuzz lies; None leaves
+    out what needs real answers. loaded: folders whose loading is measured.
     """
 
-    model: str = "smol"
     lengths: tuple[int, ...] = (32, 128, 256)
     batches: tuple[int, ...] = (1, 8)
-    repeats: int = 5
+    enough: Enough = field(default_factory=Enough)
+    sidecars: int = 5
     answers: int = 500
     chunk: int = 32
     decode_tokens: int = 192
     data: Path | None = None
     calibration_texts: int = 150
     seed: int = 0
-    loaded: tuple[str, ...] = ("fp32", "int8", "int4", "with past")
+    loaded: tuple[str, ...] = ("fp32", *QUANTIZED, PAST)
+
+
+class OnnxPlan:
+    """A piece of work is a round of passes of one size, all scores of one variant, one load, or a round beside a
+    decoding engine. Folders are exported anew every time."""
+
+    kind = "onnx"
+
+    def __init__(self, sources: Sources, config: OnnxConfig, stack: ExitStack) -> None:
+        """stack: closes the detectors in the end. Raises as exporting and reading the data do."""
+        self.config, self.seed, self.limit = config, config.seed, config.enough.limit
+        self._model, self._folders = sources.name, dict[str, Path]()
+        self.settings = {
+            "model": sources.name,
+            **asdict(config),
+            "data": None if config.data is None else str(config.data),
+        }
+        texts = () if config.data is None else validation_texts(config.data, config.calibration_texts)
+        for precision in ("fp32", *QUANTIZED):
+            self._folders[precision] = sources.work / f"onnx-{precision}"
+            export_detector(sources.name, self._folders[precision], precision=precision, calibration=texts)
+        self._folders[PAST] = sources.work / "onnx-past"
+        export_detector(sources.name, self._folders[PAST], with_past=True)
+        self._detectors = {
+            name: stack.enter_context(closing(OnnxDetector(folder))) for name, folder in self._folders.items()
+        }
+        self._models = {dtype: _detector(sources.name, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        self._reference = _transformers(sources.name, self._models[torch.float32].depth)
+        self._sizes = {
+            Contest(f"{batch} x {length}", COMPARED, partial(self._passes, batch, length)): (batch, length)
+            for batch in config.batches
+            for length in config.lengths
+        }
+
+    def warm_up(self) -> None:
+        for contest in self._sizes:
+            contest.play(-1)
+
+    def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        yield from play(list(self._sizes), self.config.enough, done)
+        if self.config.data is not None:
+            yield "scores engine", self._engine_scores
+            for name in self._detectors:
+                yield f"scores {name}", partial(self._scores, name)
+            yield "scores in chunks", self._chunk_scores
+        for name in self.config.loaded:
+            yield f"loading {name}", partial(_loading, name, self._folders[name])
+        for number in range(self.config.sidecars):
+            yield f"sidecar {number}", self._sidecar
+
+    def _passes(self, batch: int, length: int, number: int) -> Round:
+        """Everybody reads the same answers, twice."""
+        random = Random(f"{self.seed} {batch} {length} {number}")
+        vocabulary = self._detectors["fp32"].vocab_size
+        texts = [[random.randrange(3, vocabulary) for _ in range(length)] for _ in range(batch)]
+        zeros = [0] * batch
+        runs: tuple[Callable[[], Any], ...] = (
+            partial(self._reference, torch.tensor(texts)),
+            partial(_forward, self._models[torch.float32], texts),
+            partial(_forward, self._models[torch.bfloat16], texts),
+            *(partial(self._detectors[name].score, texts, zeros) for name in ("fp32", *QUANTIZED)),
+        )
+        passes = {name: _Twice(run) for name, run in zip(SIDES, runs, strict=True)}
+        take_turns(passes, random)
+        return {name: one.seconds for name, one in passes.items()}
+
+    def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
+        """A row a size: milliseconds of a pass, medians of the rounds; ratios of the same rounds."""
+        rows = []
+        for contest, (batch, length) in self._sizes.items():
+            if not (rounds := contest.rounds(done)):
+                continue
+            times = {name: round(1e3 * median(sum(one[name]) / 2 for one in rounds), 2) for name in SIDES}
+            ratios = contest.ratios(rounds)
+            rows.append({"batch": batch, "tokens": length, "n": len(rounds), **times, "ratios": ratios})
+        return rows
+
+    def more(self, done: dict[str, Any]) -> dict[str, Any]:
+        """quality: how the scores agree with the engine's, and tell. loading, sidecar: see `_loading`, `_decode`."""
+        parts = {
+            "quality": self._quality(done),
+            "loading": [found for name, found in done.items() if name.startswith("loading")],
+            "sidecar": self._beside([found for name, found in done.items() if name.startswith("sidecar")]),
+        }
+        return {name: part for name, part in parts.items() if part}
+
+    def table(self, done: dict[str, Any]) -> RenderableType:
+        rows = [
+            {**row, "ratios": "", **{pair: ratio["median"] for pair, ratio in row["ratios"].items()}}
+            for row in self.rows(done)
+        ]
+        for row in rows:
+            del row["ratios"]
+        more = self.more(done)
+        return Group(
+            _table("Forward passes: milliseconds, and times as long", rows),
+            _table("Quality on GPTFuzz's evaluation answers", [more["quality"]] if "quality" in more else []),
+            _table("Loading", more.get("loading", [])),
+            _table("Beside a decoding engine", [more["sidecar"]] if "sidecar" in more else []),
+            shortfall(list(self._sizes), self.config.enough, done),
+        )
+
+    # Quality.
+
+    def _examples(self) -> list[Example]:
+        assert self.config.data is not None
+        examples = [
+            item
+            for item in read_examples(self.config.data)
+            if item.source is Source.GPTFUZZ and item.part is DataPart.TEST
+        ]
+        Random(self.seed).shuffle(examples)
+        return examples[: self.config.answers]
+
+    def _passages(self) -> list[Passage]:
+        model = self._models[torch.float32]
+        return [passage(model.codec, "response", "", item.text, model.context) for item in self._examples()]
+
+    def _engine_scores(self) -> list[float]:
+        return _engine_logits(self._models[torch.float32], self._passages())
+
+    def _scores(self, name: str) -> list[float]:
+        passages, found = self._passages(), list[float]()
+        for start in range(0, len(passages), 20):
+            some = passages[start : start + 20]
+            found += self._detectors[name].logits([item.ids for item in some], [item.pool_from for item in some])
+        return found
+
+    def _chunk_scores(self) -> list[float]:
+        return _in_chunks(self._detectors[PAST], self._passages()[:CHUNKED], Random(self.seed))
+
+    def _quality(self, done: dict[str, Any]) -> dict[str, float | int]:
+        found = {name.removeprefix("scores "): values for name, values in done.items() if name.startswith("scores")}
+        if "in chunks" not in found:  # it comes last
+            return {}
+        examples = self._examples()
+        whole = torch.sigmoid(torch.tensor(found[PAST][:CHUNKED])).tolist()
+        result: dict[str, float | int] = {
+            "answers": len(examples),
+            "fp32 against engine": _largest(found["fp32"], found["engine"]),
+            "with past against engine": _largest(found[PAST], found["engine"]),
+            "chunks against one pass (score)": _largest(found["in chunks"], whole),
+        }
+        for name in ("fp32", *QUANTIZED):
+            result[f"AUROC {name}"] = round(_auroc(found[name], examples), 4)
+            scores = torch.sigmoid(torch.tensor(found[name], dtype=torch.float64))
+            threshold = self._detectors[name].spec.threshold
+            result[f"flagged {name}"] = round(float((scores < threshold).double().mean()), 4)
+        return result
+
+    # A detector that reads beside a decoding engine.
+
+    def _sidecar(self) -> dict[str, float]:
+        """The engine decodes on all cores; then on all but one, with a detector on that one reading what is decoded.
+        Seconds."""
+        engine = Engine(self._model, device="cpu")
+        threads = torch.get_num_threads()
+        with closing(OnnxDetector(self._folders[PAST], threads=1)) as detector:
+            try:
+                alone = _decode(engine, self.config, None)[0]
+                torch.set_num_threads(max(1, threads - 1))
+                fewer = _decode(engine, self.config, None)[0]
+                beside, after, chunk = _decode(engine, self.config, detector)
+            finally:
+                torch.set_num_threads(threads)
+        return {"alone": alone, "fewer": fewer, "beside": beside, "after": after, "chunk": chunk}
+
+    def _beside(self, found: list[dict[str, float]]) -> dict[str, float]:
+        if not found:
+            return {}
+        middle = {name: median(one[name] for one in found) for name in found[0]}
+        return {
+            "n": len(found),
+            "tokens/s on all cores": round(1 / middle["alone"], 1),
+            "tokens/s on one less": round(1 / middle["fewer"], 1),
+            "tokens/s beside the detector": round(1 / middle["beside"], 1),
+            "times slower than on all": round(median(one["beside"] / one["alone"] for one in found), 2),
+            "share of cores": round(1 / torch.get_num_threads(), 2),
+            "ms after the last token": round(1e3 * middle["after"], 1),
+            "ms of a chunk": round(1e3 * middle["chunk"], 1),
+        }
 
 
 @dataclass
-class OnnxReport:
-    """seconds: median of a forward pass by (batch, length) and variant; ratios: median of the same rounds' ratios."""
+class _Twice:
+    """The same pass, measured twice."""
 
-    config: OnnxConfig
-    seconds: list[dict[str, Any]] = field(default_factory=list)
-    quality: dict[str, Any] = field(default_factory=dict)
-    loading: list[dict[str, Any]] = field(default_factory=list)
-    sidecar: dict[str, float] = field(default_factory=dict)
+    run: Callable[[], Any]
+    seconds: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        known = asdict(self)
-        data = self.config.data
-        known["config"]["data"] = None if data is None else str(data)
-        return {"benchmark": "onnx", **known}
+    @property
+    def done(self) -> bool:
+        return len(self.seconds) == 2
 
-    def table(self) -> RenderableType:
-        return Group(
-            _table("Forward passes: milliseconds, and times as fast", self.seconds),
-            _table("Quality on GPTFuzz's evaluation answers", [self.quality] if self.quality else []),
-            _table("Loading", self.loading),
-            _table("Beside a decoding engine", [self.sidecar]),
-        )
-
-
-def run_onnx(config: OnnxConfig, told: Told) -> OnnxReport:
-    """Export a model's detector in every precision and measure. Raises as exporting and reading the data do."""
-    report = OnnxReport(config)
-    with TemporaryDirectory() as work:
-        texts = () if config.data is None else validation_texts(config.data, config.calibration_texts)
-        folders: dict[str, Path] = {}
-        for precision in ("fp32", *QUANTIZED):
-            folders[precision] = Path(work) / precision
-            export_detector(config.model, folders[precision], precision=precision, calibration=texts, progress=told)
-        folders["with past"] = Path(work) / "past"
-        export_detector(config.model, folders["with past"], with_past=True)
-        detectors = {name: OnnxDetector(folder) for name, folder in folders.items()}
-        models = {dtype: _detector(config.model, dtype) for dtype in (torch.float32, torch.bfloat16)}
-        try:
-            _measure_speed(config, detectors, models, report, told)
-            if config.data is not None:
-                report.quality = _quality(config, detectors, models[torch.float32], told)
-        finally:
-            for detector in detectors.values():
-                detector.close()
-        report.loading = [_loading(name, folders[name]) for name in config.loaded]
-        report.sidecar = _sidecar(config, folders["with past"], told)
-    return report
+    def step(self) -> None:
+        sleep(0.02)  # threads of one library that still spin would take the cores of the next
+        began = perf_counter()
+        self.run()
+        self.seconds.append(perf_counter() - began)
 
 
 def _detector(model: str, dtype: torch.dtype) -> Model:
     return load_models(model, model, dtype=dtype, device="cpu").models["detector"]
 
 
-# Speed.
-
-
-def _measure_speed(
-    config: OnnxConfig,
-    detectors: dict[str, OnnxDetector],
-    models: dict[torch.dtype, Model],
-    report: OnnxReport,
-    told: Told,
-) -> None:
-    reference = _transformers(config.model, models[torch.float32].depth)
-    random = Random(config.seed)
-    sizes = [(batch, length) for batch in config.batches for length in config.lengths]
-    for done, (batch, length) in enumerate(sizes):
-        told("timing", done, len(sizes))
-        vocabulary = detectors["fp32"].vocab_size
-        texts = [[random.randrange(3, vocabulary) for _ in range(length)] for _ in range(batch)]
-        zeros = [0] * batch
-        runs: dict[str, Callable[[], Any]] = {
-            "transformers fp32": partial(reference, torch.tensor(texts)),
-            "engine fp32": partial(_forward, models[torch.float32], texts),
-            "engine bf16": partial(_forward, models[torch.bfloat16], texts),
-        }
-        runs |= {f"onnx {name}": partial(detectors[name].score, texts, zeros) for name in ("fp32", *QUANTIZED)}
-        report.seconds.append({"batch": batch, "tokens": length, **_in_turn(runs, config.repeats)})
-    told("timing", len(sizes), len(sizes))
-
-
 def _forward(model: Model, texts: list[list[int]]) -> None:
     pooled_states(model, [EnginePassage(ids) for ids in texts], [model.depth])
-
-
-def _in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Medians in milliseconds, and ratios of the same round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            sleep(0.02)  # threads of one library that still spin would take the cores of the next
-            began = perf_counter()
-            run()
-            seconds[name].append(perf_counter() - began)
-
-    def times(slow: str, fast: str) -> float:
-        return round(median(a / b for a, b in zip(seconds[slow][1:], seconds[fast][1:], strict=True)), 2)
-
-    return {
-        **{name: round(1e3 * median(values[1:]), 2) for name, values in seconds.items()},
-        "fp32 / transformers": times("transformers fp32", "onnx fp32"),
-        "int8 / engine fp32": times("engine fp32", "onnx int8"),
-        "int8 / engine bf16": times("engine bf16", "onnx int8"),
-    }
 
 
 def _transformers(name: str, depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -187,49 +293,9 @@ def _transformers(name: str, depth: int) -> Callable[[torch.Tensor], torch.Tenso
     return run
 
 
-# Quality.
-
-
-def _quality(
-    config: OnnxConfig, detectors: dict[str, OnnxDetector], model: Model, told: Told
-) -> dict[str, float | int]:
-    assert config.data is not None
-    examples = [
-        item for item in read_examples(config.data) if item.source is Source.GPTFUZZ and item.part is DataPart.TEST
-    ]
-    Random(config.seed).shuffle(examples)
-    examples = examples[: config.answers]
-    passages = [passage(model.codec, "response", "", item.text, model.context) for item in examples]
-    engine = _engine_logits(model, passages, told)
-    found: dict[str, list[float]] = {}
-    for name, detector in detectors.items():
-        found[name] = []
-        for start in range(0, len(passages), 20):
-            some = passages[start : start + 20]
-            found[name] += detector.logits([item.ids for item in some], [item.pool_from for item in some])
-            told(f"scoring with {name}", len(found[name]), len(passages))
-    chunked = _in_chunks(detectors["with past"], passages[:100], Random(config.seed))
-    result: dict[str, float | int] = {
-        "answers": len(examples),
-        "fp32 against engine": _largest(found["fp32"], engine),
-        "with past against engine": _largest(found["with past"], engine),
-        "chunks against one pass (score)": _largest(
-            chunked, [float(torch.sigmoid(torch.tensor(value))) for value in found["with past"][:100]]
-        ),
-    }
-    for name in ("fp32", *QUANTIZED):
-        spec = detectors[name].spec
-        result[f"AUROC {name}"] = round(_auroc(found[name], examples), 4)
-        scores = torch.sigmoid(torch.tensor(found[name], dtype=torch.float64))
-        result[f"flagged {name}"] = round(float((scores < spec.threshold).double().mean()), 4)
-    return result
-
-
-def _engine_logits(model: Model, passages: Sequence[Passage], told: Told) -> list[float]:
+def _engine_logits(model: Model, passages: Sequence[Passage]) -> list[float]:
     assert model.head is not None
-    features = pooled_states(
-        model, [EnginePassage(*item) for item in passages], [model.depth], progress=lambda a, b: told("engine", a, b)
-    )
+    features = pooled_states(model, [EnginePassage(*item) for item in passages], [model.depth])
     head = model.head
     pooled = features.of(model.depth, head.spec.pooling)
     return pooled_logit(pooled, head.weight, head.bias, head.norm_weight, head.norm_eps)[0].tolist()
@@ -259,8 +325,6 @@ def _auroc(logits: Sequence[float], examples: Sequence[Example]) -> float:
 def _largest(left: Sequence[float], right: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
-
-# Loading, and what a sidecar does to a decoding engine.
 
 _CHILD = """
 import sys, time
@@ -292,38 +356,6 @@ def _loading(name: str, folder: Path) -> dict[str, Any]:
         "seconds to load": round(took, 2),
         "peak of loading / file": round(loaded * 1024 / size, 2),
         "peak after 128 tokens / file": round(run * 1024 / size, 2),
-    }
-
-
-def _sidecar(config: OnnxConfig, folder: Path, told: Told) -> dict[str, float]:
-    """The engine decodes on all cores; then on all but one, with a detector on that one reading what is decoded."""
-    engine = Engine(config.model, device="cpu")
-    threads = torch.get_num_threads()
-    detector = OnnxDetector(folder, threads=1)
-    alone, beside, fewer, after, chunks = [], [], [], [], []
-    try:
-        for round_ in range(config.repeats):
-            told("sidecar", round_, config.repeats)
-            alone.append(_decode(engine, config, None)[0])
-            torch.set_num_threads(max(1, threads - 1))
-            fewer.append(_decode(engine, config, None)[0])
-            took, wait, chunk = _decode(engine, config, detector)
-            beside.append(took)
-            after.append(wait)
-            chunks.append(chunk)
-            torch.set_num_threads(threads)
-    finally:
-        torch.set_num_threads(threads)
-        detector.close()
-    told("sidecar", config.repeats, config.repeats)
-    return {
-        "tokens/s on all cores": round(1 / median(alone), 1),
-        "tokens/s on one less": round(1 / median(fewer), 1),
-        "tokens/s beside the detector": round(1 / median(beside), 1),
-        "times slower than on all": round(median(b / a for a, b in zip(alone, beside, strict=True)), 2),
-        "share of cores": round(1 / threads, 2),
-        "ms after the last token": round(1e3 * median(after), 1),
-        "ms of a chunk": round(1e3 * median(chunks), 1),
     }
 
 

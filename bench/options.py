@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..engine.errors import BadInput
+from ..engine.errors import BadInput, StockadeError
 
 if TYPE_CHECKING:
     import torch
 
+    from .paired import Enough
     from .units import Plan
     from .workload import Sources
 
@@ -22,7 +23,11 @@ ModelOption = Annotated[str, typer.Option(help="A bundle (smol), a checkpoint fo
 DetectorOption = Annotated[str | None, typer.Option(help="A classifier's folder, a named shape, or a head file.")]
 DetoxifierOption = Annotated[str | None, typer.Option(help="A language model's folder or a named shape.")]
 DtypeOption = Annotated[str | None, typer.Option(help="bf16 or fp32. (default: bf16 if it is fast)")]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Measured repetitions.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Measured at least, of each workload.")]
+WithinOption = Annotated[
+    float, typer.Option(min=0.01, help="Percent: rounds go on until every ratio's 95 % interval is as close as that.")
+]
+MinutesOption = Annotated[float, typer.Option(min=0.01, help="At most, more or less; also where that is not close.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Few and short: shows that it works, measures little.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the JSON document here, too.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what stands in the file of --json.")]
@@ -30,6 +35,13 @@ PromptOption = Annotated[int, typer.Option(min=1, help="Tokens of a question.")]
 SeedOption = Annotated[int, typer.Option(help="Of the questions and of the order in which variants run.")]
 
 Told = Callable[[str, int, int], None]
+
+
+def enough(rounds: int, within: float, minutes: float, quick: bool) -> Enough:
+    """When rounds may end, from the options."""
+    from .paired import Enough
+
+    return Enough(1, 1e9, 1.0) if quick else Enough(rounds, within / 100.0, 60.0 * minutes)
 
 
 @contextmanager
@@ -81,7 +93,8 @@ def measure_plan(
 def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: bool) -> None:
     """Measure a plan and show it; exits with 130 where that was interrupted.
 
-    Raises `BadInput` for --resume without a file, and `BadDocument` for a file that is another measurement's.
+    Raises `BadInput` for --resume without a file, `BadDocument` for a file that is another measurement's, and what
+    a piece of the work raises, after all that was measured before was written down.
     """
     from .document import Session, read_document
     from .report import show, warn
@@ -95,14 +108,24 @@ def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: boo
     warn(console, session.warnings)
     with progress(console) as told:
         plan = make()
+        if plan.limit is not None:
+            console.print(f"at most about {plan.limit / 60:.2g} minutes, and what loading and warming up take")
         done = {} if earlier is None else resumed(plan, earlier)
-        complete = run_units(plan, done, told)
+        failed: StockadeError | None = None
+        try:
+            complete = run_units(plan, done, told)
+        except StockadeError as error:
+            if not done:
+                raise
+            complete, failed = False, error
     with unbroken():
         rows, more = plan.rows(done), plan.more(done)
         document = session.document(
             kind, plan.settings, rows, seed=plan.seed, complete=complete, units=done, more=more
         )
         show(plan.table(done), document, file)
+    if failed is not None:
+        raise failed
     if not complete:
         console.print("interrupted; the same command with --json FILE --resume goes on", style="bold yellow")
         raise typer.Exit(130)

@@ -58,6 +58,7 @@ class OverheadPlan:
     the rewrites."""
 
     kind = "overhead"
+    limit = None
 
     def __init__(self, sources: Sources, config: OverheadConfig, dtype: torch.dtype | None = None) -> None:
         """Raises `BadInput` for the name of a variant that is none."""

@@ -23,6 +23,7 @@ ORDER = (
     "kernels",
     "roofline",
     "onnx",
+    "training",
     "serve",
 )
 _WHAT = {
@@ -36,6 +37,7 @@ _WHAT = {
     "kernels": "Operations",
     "roofline": "What must be paid on paper",
     "onnx": "The exported detector",
+    "training": "A training step",
     "serve": "The server",
 }
 _STYLE = """

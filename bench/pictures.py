@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .document import Document
+from .document import Document, as_written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,9 +70,10 @@ class Picture(NamedTuple):
 
 
 def pictures(document: Document) -> list[Picture]:
-    """What can be drawn of a document; nothing for most kinds."""
+    """What can be drawn of a document; nothing for most kinds. Raises `BadDocument`."""
     make = _KINDS.get(document.kind)
-    return [] if make is None else list(make(document))
+    with as_written(document):
+        return [] if make is None else list(make(document))
 
 
 def _latency(document: Document) -> Iterable[Picture]:

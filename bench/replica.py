@@ -287,8 +287,8 @@ class Replica:
 
     def _end(self, batch: Batch) -> None:
         lane = batch.lane
-        decode = batch.load.decode
-        if decode:
+        decode = len(lane.decoding) if batch.load.decode else 0  # without those that were preempted meanwhile
+        if batch.load.decode:
             lane.steps += 1
             lane.read += decode
             self.kv += decode

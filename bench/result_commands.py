@@ -11,7 +11,18 @@ import typer
 from rich.console import Console
 
 from .document import BadDocument
-from .options import JsonOption, SeedOption, progress
+from .options import (
+    JsonOption,
+    MinutesOption,
+    QuickOption,
+    ResumeOption,
+    RoundsOption,
+    SeedOption,
+    WithinOption,
+    enough,
+    measure_plan,
+    progress,
+)
 
 if TYPE_CHECKING:
     from .cost_fit import Costs
@@ -147,7 +158,7 @@ def report(
     ] = None,
 ) -> None:
     """A page with tables and pictures of all runs in a folder; what changed against another; the README's tables."""
-    from .compare import compare
+    from .compare import compare, comparison_table
     from .page import page, read_folder
     from .pictures import pictures
     from .readme import write_readme
@@ -161,6 +172,8 @@ def report(
         comparisons = [compare(before[name], documents[name]) for name in documents if name in before]
         if not comparisons:
             raise BadDocument(f"{against} and {folder} have no file of the same name to compare")
+        for comparison in comparisons:
+            Console(highlight=False).print(comparison_table(comparison))
     with _matplotlib():
         if readme is not None:
             written = write_readme(readme, documents)
@@ -194,24 +207,28 @@ def peers(
     threads: Annotated[int | None, typer.Option(min=1, help="Of each peer. (default: one a core)")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question.")] = 64,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Questions that all of them answer.")] = 5,
+    rounds: RoundsOption = 6,
+    within: WithinOption = 2.5,
+    minutes: MinutesOption = 10,
     seed: SeedOption = 0,
+    quick: QuickOption = False,
     json: JsonOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """The same weights and prompts through other engines, each in its own environment, in turn."""
+    from contextlib import ExitStack
+
     from ..doctor import cores
     from ..engine.errors import BadInput
-    from .beside_peers import PeersConfig, run_peers
+    from .beside_peers import PeersConfig, PeersPlan
     from .peer_process import PeerSpec
-    from .report import begin, emit
-    from .workload import sources
 
     if dtype not in ("bf16", "fp32"):
         raise BadInput(f"dtype is bf16 or fp32, not {dtype}")
     specs = tuple(PeerSpec.parse(text) for text in peer or ("stockade", "transformers"))
-    config = PeersConfig(specs, repeats, prompt_tokens, answer_tokens, dtype, threads or cores(), gguf, seed)
-    console = Console(stderr=True, highlight=False)
-    session = begin(console)
-    with sources(model) as weights, progress(console) as told:
-        found = run_peers(weights, config, told)
-    emit(found.table(), found.to_dict(), session, json)
+    until = enough(rounds, within, minutes, quick)
+    if quick:
+        answer_tokens = min(answer_tokens, 8)
+    config = PeersConfig(specs, until, prompt_tokens, answer_tokens, dtype, threads or cores(), gguf, seed)
+    with ExitStack() as stack:
+        measure_plan("peers", lambda weights: PeersPlan(weights, config, stack), model, None, None, json, resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .document import Document
+from .document import Document, as_written
 
 
 class ResultTable(NamedTuple):
@@ -29,9 +29,9 @@ class ResultTable(NamedTuple):
 
 
 def tables(document: Document) -> list[ResultTable]:
-    """The tables of one document; of a kind that has none of its own, its rows as they are."""
-    make = _KINDS.get(document.kind, _plain)
-    return [table for table in make(document) if table.rows]
+    """The tables of one document; of a kind that has none of its own, its rows as they are. Raises `BadDocument`."""
+    with as_written(document):
+        return [table for table in _KINDS.get(document.kind, _plain)(document) if table.rows]
 
 
 def provenance(document: Document) -> str:
@@ -86,6 +86,10 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
     share = max((one["harmful_share"] for one in traffic.values()), default=0.0)
     title = f"On traffic with {100 * share:.3g} % harmful answers, many at once"
     yield ResultTable(title, ("guard", "n", "added ms a request (95 % interval)", "lost throughput %"), mixed)
+    yield _targets(document)
+
+
+def _targets(document: Document) -> ResultTable:
     goals = [
         (
             goal["what"],
@@ -96,7 +100,7 @@ def _overhead(document: Document) -> Iterable[ResultTable]:
         )
         for goal in document.more.get("targets", [])
     ]
-    yield ResultTable("Targets", ("what", "target", "measured (95 % interval)", "met"), goals)
+    return ResultTable("Targets", ("what", "target", "measured (95 % interval)", "met"), goals)
 
 
 def _decode(document: Document) -> Iterable[ResultTable]:
@@ -105,7 +109,7 @@ def _decode(document: Document) -> Iterable[ResultTable]:
             row["workload"],
             str(row["n"]),
             *(_number(row["tokens_per_s"][side]["median"]) for side in ("stockade", "transformers")),
-            f"{row['ratio']['median']:.2f} ({row['ratio']['p10']:.2f} to {row['ratio']['p90']:.2f})",
+            _interval(row["ratio"]),
         )
         for row in document.rows
     ]
@@ -115,8 +119,18 @@ def _decode(document: Document) -> Iterable[ResultTable]:
         if memory
         else ""
     )
-    headings = ("tokens/s", "n", "stockade", "`transformers`", "ratio (p10 to p90)")
+    headings = ("tokens/s", "n", "stockade", "`transformers`", "ratio (95 % interval)")
     yield ResultTable(f"Decoding and prefill: {_model(document)}", headings, rows, note)
+
+
+def _training(document: Document) -> Iterable[ResultTable]:
+    rows = [
+        (str(row["n"]), *(_number(rate["median"]) for rate in row["tokens_per_s"].values()), _interval(row["ratio"]))
+        for row in document.rows
+    ]
+    headings = ("n", *(side for row in document.rows[:1] for side in row["tokens_per_s"]), "ratio (95 % interval)")
+    yield ResultTable(f"A detector's training step, tokens/s: {_model(document)}", headings, rows)
+    yield _targets(document)
 
 
 def _serve(document: Document) -> Iterable[ResultTable]:
@@ -158,7 +172,7 @@ def _peers(document: Document) -> Iterable[ResultTable]:
         for what, reason in (row["not_done"] or {}).items()
     ]
     yield ResultTable(
-        f"{title}{settings['answer_tokens']} out, n = {settings['repeats']}, medians",
+        f"{title}{settings['answer_tokens']} out, n = {document.rows[0]['answer_ms']['n']}, medians",
         (*headings, "detector after it ms", "the same as the first one's"),
         rows,
         " ".join(why),
@@ -166,14 +180,17 @@ def _peers(document: Document) -> Iterable[ResultTable]:
 
 
 def _onnx(document: Document) -> Iterable[ResultTable]:
-    seconds = document.more.get("seconds", [])
-    columns = [name for name in (seconds[0] if seconds else {}) if name not in ("batch", "tokens")]
+    columns = [name for name in (document.rows or [{}])[0] if name not in ("batch", "tokens", "n", "ratios")]
+    pairs = list((document.rows or [{"ratios": {}}])[0]["ratios"])
     rows = [
-        (f"{row['batch']} x {row['tokens']}", *(_number(row[name]) for name in columns if " / " not in name))
-        for row in seconds
+        (
+            *(f"{row['batch']} x {row['tokens']}", str(row["n"]), *(_number(row[name]) for name in columns)),
+            *(_interval(row["ratios"][pair]) for pair in pairs),
+        )
+        for row in document.rows
     ]
-    headings = ("answers x tokens", *(name for name in columns if " / " not in name))
-    yield ResultTable("One pass of the detector over answers, ms", headings, rows)
+    headings = ("answers x tokens", "n", *columns, *pairs)
+    yield ResultTable("One pass of the detector over answers, ms; ratios with 95 % intervals", headings, rows)
     for name in ("loading", "sidecar", "quality"):
         found = document.more.get(name)
         if isinstance(found, Mapping):
@@ -316,6 +333,7 @@ _KINDS: dict[str, Callable[[Document], Iterable[ResultTable]]] = {
     "serve": _serve,
     "peers": _peers,
     "onnx": _onnx,
+    "training": _training,
     "latency": _latency,
     "throughput": _throughput,
     "capacity": _capacity,
@@ -340,6 +358,10 @@ def _cell(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_cell(one) for one in value)
     return _number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _interval(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def _maybe(value: float | None) -> str:

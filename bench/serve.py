@@ -58,6 +58,7 @@ class ServePlan:
     """A piece of work is one run of the bare engine and of the server in each way; the last one are idle streams."""
 
     kind = "serve"
+    limit = None
 
     def __init__(self, sources: Sources, config: ServeConfig, dtype: torch.dtype | None = None) -> None:
         self.config, self.seed = config, config.seed

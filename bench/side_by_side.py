@@ -15,6 +15,7 @@ from ..engine.request import Reply
 from ..engine.running import Request
 from ..engine.sampling import SamplingParams
 from ..engine.trace import Recorder
+from .paired import Steps, take_turns
 from .workload import Asked
 
 
@@ -54,13 +55,8 @@ class Run(NamedTuple):
         return self.seconds - self.before - sum(self.steps) + typical
 
 
-class UnderWay(Protocol):
-    """A run between its first step and its last; its clock stands still between steps."""
-
-    @property
-    def done(self) -> bool: ...
-
-    def step(self) -> None: ...
+class UnderWay(Steps, Protocol):
+    """A run under way. run: once it is done."""
 
     @property
     def run(self) -> Run: ...
@@ -203,10 +199,6 @@ Key = TypeVar("Key")
 
 
 def together(begun: dict[Key, UnderWay], random: Random) -> dict[Key, Run]:
-    """Step all of them in turn, every turn in another order, until all are done."""
-    left = list(begun.items())
-    while left:
-        for _, one in random.sample(left, len(left)):
-            one.step()
-        left = [(key, one) for key, one in left if not one.done]
+    """Step all of them in turn until all are done."""
+    take_turns(begun, random)
     return {key: one.run for key, one in begun.items()}

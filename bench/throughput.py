@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from math import isqrt
 from random import Random
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from .workload import question
 PERCENTILES = (50, 90, 95, 99)
 MEASURES = ("ttft", "itl", "e2e", "queued")
 FRACTIONS = (0.5, 0.7, 0.85, 1.0)  # of the first guard's best closed loop: rates of the open ones
+LEAST = 16  # requests of an open loop, even where its share of the time is short
 HELD = 0.95  # of all requests have to meet an objective that is held
 RAMP = 0.1  # of an open loop's requests come first, to an empty engine, and are left out of percentiles
 
@@ -36,8 +38,10 @@ class ThroughputConfig:
     """at_once: requests under way in the closed loops; () doubles them until the knee is behind, at most
     `most_at_once`, and then looks more closely around it. rates: requests a second of the open loops; () takes parts
     of what the best closed loop of the first guard had, None leaves them out. burst: requests that come at the same
-    moment. trace: instead of all these; speed: how much faster than it says. requests: measured at each load, or
-    twice as many as are under way. shared_tokens: of a text that all requests begin with."""
+    moment. trace: instead of all these; speed: how much faster than it says. requests: measured at each load at most,
+    but as many as are under way. seconds: for all of it, half of them for the closed loops; each load of a kind gets
+    the same share of what is left. A trace takes its own time. shared_tokens: of a text that all requests begin with.
+    """
 
     guards: tuple[str, ...] = ("off", "protector-adapter", "probe", "ecso")
     sizes: Sizes = field(default_factory=Sizes)
@@ -47,7 +51,8 @@ class ThroughputConfig:
     burst: int = 1
     trace: tuple[Item, ...] = ()
     speed: float = 1.0
-    requests: int = 32
+    requests: int = 200
+    seconds: float = 900.0
     repeats: int = 1
     release: ReleaseMode = "verdict"
     shared_tokens: int = 0
@@ -100,29 +105,50 @@ class ThroughputPlan:
         self._asker = Asker(engine, shared)
         self._asker.check_fits(config.trace or [config.sizes.item(0.0, Random(0))])
 
+    @property
+    def limit(self) -> float | None:
+        """A trace takes as long as it says, or as the engine needs: nobody knows beforehand."""
+        return None if self.config.trace else self.config.seconds
+
     def warm_up(self) -> None:
         for guard in self.config.guards:
-            self._closed("warm-up", guard, 2, 1)
+            self._closed("warm-up", guard, 2, 1, 0.0)
 
     def units(self, done: dict[str, Any]) -> Iterator[Unit]:
         config = self.config
         if config.trace:
             items = faster(list(config.trace), config.speed)
-            yield from self._at(Load("trace", rate_of(items)))
+            yield from self._at(Load("trace", rate_of(items)), self._trace)
             return
         for level in config.at_once or self._ladder(done):
-            yield from self._at(Load("closed", level))
+            yield from self._at(Load("closed", level), partial(self._sweep, done))
         if config.rates is None:
             return
-        for rate in config.rates or self._parts(done):
-            yield from self._at(Load("open", rate))
+        rates = config.rates or self._parts(done)
+        share = (config.seconds - _spent(done, "closed")) / self._runs(len(rates))
+        for rate in rates:
+            # who serves least still gets through its requests in its share, and all are asked the same
+            served = min(rate, *(max(point.rate for point in self._points(done, guard)) for guard in config.guards))
+            requests = min(config.requests, max(LEAST, int(share * served)))
+            yield from self._at(Load("open", rate), partial(self._open, requests))
 
-    def _at(self, load: Load) -> Iterator[Unit]:
+    def _at(self, load: Load, run: Callable[[Load, int, str], dict[str, Any]]) -> Iterator[Unit]:
         """All guards under one load, as often as wanted."""
         for repeat in range(self.config.repeats):
             where = f"{load.loop} {load.level:g} {repeat}"
             for guard in Random(f"{self.seed} {where}").sample(self.config.guards, len(self.config.guards)):
-                yield f"{where} {guard}", partial(self._run, load, repeat, guard)
+                yield f"{where} {guard}", partial(_timed, partial(run, load, repeat, guard))
+
+    def _runs(self, loads: int) -> int:
+        return loads * self.config.repeats * len(self.config.guards)
+
+    def _share(self, done: dict[str, Any]) -> float:
+        """Seconds of the next closed loop: of what is left to all of them, as if the sweep went to its end."""
+        config = self.config
+        part = 1.0 if config.rates is None else 0.5
+        loads = len(config.at_once) or config.most_at_once.bit_length() + 2
+        left = self._runs(loads) - sum(name.startswith("closed") for name in done)
+        return (part * config.seconds - _spent(done, "closed")) / max(1, left)
 
     def _ladder(self, done: dict[str, Any]) -> Iterator[int]:
         """1, 2, 4 … until every guard has had its knee two steps before, and then what lies around the knees."""
@@ -155,26 +181,39 @@ class ThroughputPlan:
             if row["guard"] == guard and row["loop"] == "closed"
         ]
 
-    def _run(self, load: Load, repeat: int, guard: str) -> dict[str, Any]:
-        config = self.config
-        # the same questions for every guard
-        random = Random(f"{self.seed} {load.loop} {load.level:g} {repeat}")
-        if load.loop == "closed":
-            return self._closed(f"{load.level:g} {repeat}", guard, int(load.level), config.requests)
-        if load.loop == "open":
-            due = arrivals(load.level, config.requests, random, config.burst)
-            items = [config.sizes.item(at, random) for at in due]
-        else:
-            items = faster(list(config.trace), config.speed)
+    def _sweep(self, done: dict[str, Any], load: Load, repeat: int, guard: str) -> dict[str, Any]:
+        return self._closed(
+            f"{load.level:g} {repeat}", guard, int(load.level), self.config.requests, self._share(done)
+        )
+
+    def _open(self, requests: int, load: Load, repeat: int, guard: str) -> dict[str, Any]:
+        random = self._random(load, repeat)
+        due = arrivals(load.level, requests, random, self.config.burst)
+        return self._arriving([self.config.sizes.item(at, random) for at in due], guard, random)
+
+    def _trace(self, load: Load, repeat: int, guard: str) -> dict[str, Any]:
+        return self._arriving(faster(list(self.config.trace), self.config.speed), guard, self._random(load, repeat))
+
+    def _random(self, load: Load, repeat: int) -> Random:
+        """The same questions for every guard."""
+        return Random(f"{self.seed} {load.loop} {load.level:g} {repeat}")
+
+    def _arriving(self, items: list[Item], guard: str, random: Random) -> dict[str, Any]:
         asks = [self._asker.ask(item, guard, random) for item in items]
         return _plain(open_loop(self._asker.engine, asks, self._release(guard)))
 
-    def _closed(self, where: str, guard: str, at_once: int, requests: int) -> dict[str, Any]:
+    def _closed(self, where: str, guard: str, at_once: int, requests: int, seconds: float) -> dict[str, Any]:
         random = Random(f"{self.seed} closed {where}")
         asks = (self._asker.ask(self.config.sizes.item(0.0, random), guard, random) for _ in count())
-        measured = max(requests, 2 * at_once)
+        measured = max(requests, at_once)
         ready = list(islice(asks, measured + 4 * at_once))  # making one takes time
-        return _plain(closed_loop(self._asker.engine, chain(ready, asks), at_once, measured, self._release(guard)))
+        return _plain(
+            closed_loop(
+                *(self._asker.engine, chain(ready, asks), at_once, measured, self._release(guard)),
+                least=min(measured, max(4, at_once)),
+                seconds=seconds,
+            )
+        )
 
     def _release(self, guard: str) -> ReleaseMode:
         return "verdict" if guard.startswith("off") else self.config.release
@@ -261,6 +300,18 @@ class ThroughputPlan:
                 *(f"{row['pool_percent']:.1f}", f"{row['prefix_hit_percent']:.0f}"),
             )
         return Group(table, *(f"{guard} holds {rate:g} requests/s" for guard, rate in more["held"].items()))
+
+
+def _timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a load gave, and the seconds that it took in all."""
+    began = perf_counter()
+    found = run()
+    return {**found, "took": round(perf_counter() - began, 3)}
+
+
+def _spent(done: dict[str, Any], loop: str) -> float:
+    """Seconds that the loads of a kind took."""
+    return float(sum(found["took"] for name, found in done.items() if name.startswith(loop)))
 
 
 def _plain(driven: Driven) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from random import Random
 from time import perf_counter
 from typing import Any
@@ -20,10 +20,15 @@ from ..train.detector import HarmModel, LogitHead
 from ..train.losses import harm_loss
 from ..train.readings import Reading
 from ..train.recipe import Recipe
+from .overhead_report import Goal
+from .paired import Contest, Enough, Round, interval, play, shortfall, take_turns
 from .report import Spread
+from .units import Unit
 from .workload import Sources
 
 SIDES = ("stockade", "plain PyTorch")
+RATIO = f"{SIDES[1]} / {SIDES[0]}"
+LEAST = 0.8  # of the plain loop's tokens/s, is what a step of ours is to reach
 
 
 @dataclass(frozen=True)
@@ -35,81 +40,111 @@ class TrainingConfig:
     shortest: int = 16
     longest: int = 256
     layers: int | None = None
-    rounds: int = 3
+    enough: Enough = field(default_factory=lambda: Enough(least=3))
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class TrainingReport:
-    """rates: of each side, tokens/s of answers (padding is no token). ratios: of the two in each round."""
+class TrainingPlan:
+    """A piece of work is one round: both sides take a step for each batch, in turn. Each batches the answers in its
+    own way, to the same size."""
 
-    model: str
-    dtype: str
-    config: TrainingConfig
-    rates: dict[str, Spread]
-    ratios: Spread
+    kind = "training"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": "training",
-            "model": self.model,
-            "dtype": self.dtype,
-            "config": asdict(self.config),
-            "tokens_per_second": {side: rate.to_dict() for side, rate in self.rates.items()},
-            "ratio": self.ratios.to_dict(),
+    def __init__(self, sources: Sources, config: TrainingConfig, dtype: torch.dtype | None = None) -> None:
+        self.config, self.seed, self.limit = config, config.seed, config.enough.limit
+        dtype = dtype or torch.float32
+        self.settings = {"model": sources.name, "dtype": str(dtype).removeprefix("torch."), **asdict(config)}
+        base = sources.model if str(sources.model) in BUNDLES else sources.folder
+        self._sides = {
+            SIDES[0]: _Side.ours(str(base), config, dtype),
+            SIDES[1]: _Side.plain(str(base), config, dtype),
         }
+        rng = Random(config.seed)
+        self._answers = [
+            [
+                rng.randrange(3, self._sides[SIDES[0]].vocab)
+                for _ in range(rng.randint(config.shortest, config.longest))
+            ]
+            for _ in range(config.answers)
+        ]
+        self._labels = torch.tensor([rng.random() < 0.5 for _ in self._answers])
+        self._contest = Contest("step", [SIDES[::-1]], self._round)
 
-    def table(self) -> Table:
+    def warm_up(self) -> None:
+        self._round(-1)
+
+    def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        yield from play([self._contest], self.config.enough, done)
+
+    def _round(self, number: int) -> Round:
+        config, rng = self.config, Random(f"{self.seed} {number}")
+        lengths = list(map(len, self._answers))
+        order = rng.sample(range(len(lengths)), len(lengths))
+        batches = {
+            SIDES[0]: epoch_batches(lengths, config.batch, config.seed, number),
+            SIDES[1]: [order[at : at + config.batch] for at in range(0, len(order), config.batch)],
+        }
+        working = {name: _Epoch(self._sides[name], self._answers, self._labels, batches[name]) for name in SIDES}
+        take_turns(working, rng)
+        return {name: one.seconds for name, one in working.items()}
+
+    def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
+        """Tokens/s of answers (padding is no token); ratio: ours over the plain loop's, of the same rounds."""
+        if not (rounds := self._contest.rounds(done)):
+            return []
+        tokens = sum(map(len, self._answers))
+        rates = {name: Spread.of(tokens / sum(found[name]) for found in rounds).to_dict() for name in SIDES}
+        ratio = self._contest.ratios(rounds)[RATIO]
+        return [{"workload": self._contest.name, "n": len(rounds), "tokens_per_s": rates, "ratio": ratio}]
+
+    def more(self, done: dict[str, Any]) -> dict[str, Any]:
+        """targets: what the training is to reach, and whether it did."""
+        if not (rounds := self._contest.rounds(done)):
+            return {}
+        ratio = self._contest.ratio(rounds, *SIDES[::-1])
+        return {"targets": [Goal("tokens/s over a plain PyTorch loop's", False, LEAST, "x", ratio).to_dict()]}
+
+    def table(self, done: dict[str, Any]) -> Table:
+        config, settings = self.config, self.settings
         table = Table(
-            title=f"{self.model} {self.dtype}: a LoRA detector trained on {self.config.answers} answers, "
-            f"{self.config.batch} a batch, n = {self.config.rounds}, tokens/s: median (p10-p90)",
-            caption=f"ratio {self.ratios.median:.2f} ({self.ratios.p10:.2f}-{self.ratios.p90:.2f})",
+            title=f"{settings['model']} {settings['dtype']}: a LoRA detector trained on {config.answers} answers, "
+            f"{config.batch} a batch, tokens/s: median (p10-p90); ratio: median (95 % interval)",
+            caption="\n".join(
+                filter(None, [_told(self.more(done)), shortfall([self._contest], config.enough, done)])
+            ),
         )
-        for heading in SIDES:
+        for heading in ("n", *SIDES, "ratio"):
             table.add_column(heading, justify="right")
-        table.add_row(*(str(self.rates[side]) for side in SIDES))
+        for row in self.rows(done):
+            rates = (str(Spread(**row["tokens_per_s"][side])) for side in SIDES)
+            table.add_row(str(row["n"]), *rates, interval(row["ratio"]))
         return table
 
 
-def run_training(
-    sources: Sources,
-    config: TrainingConfig,
-    dtype: torch.dtype | None = None,
-    told: Callable[[str, int, int], None] | None = None,
-) -> TrainingReport:
-    """Measure. Both sides take their steps in turn; each batches the answers in its own way, to the same size."""
-    dtype = dtype or torch.float32
-    rng = Random(config.seed)
-    base = sources.model if str(sources.model) in BUNDLES else sources.folder
-    sides = [_Side.ours(str(base), config, dtype), _Side.plain(str(base), config, dtype)]
-    size = sides[0].vocab
-    answers = [
-        [rng.randrange(3, size) for _ in range(rng.randint(config.shortest, config.longest))]
-        for _ in range(config.answers)
-    ]
-    labels = torch.tensor([rng.random() < 0.5 for _ in answers])
-    count = sum(map(len, answers))
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    for round_ in range(config.rounds + 1):  # the first is warm-up
-        ours = epoch_batches([len(answer) for answer in answers], config.batch, config.seed, round_)
-        order = rng.sample(range(len(answers)), len(answers))
-        plain = [order[at : at + config.batch] for at in range(0, len(order), config.batch)]
-        seconds = [0.0, 0.0]
-        for place, both in enumerate(zip(ours, plain, strict=True)):
-            for side in rng.sample((0, 1), 2):
-                seconds[side] += sides[side].step([answers[n] for n in both[side]], labels[both[side]])
-            if told is not None:
-                told("training", round_ * len(ours) + place + 1, (config.rounds + 1) * len(ours))
-        if round_:
-            for side, name in enumerate(SIDES):
-                rates[name].append(count / seconds[side])
-    return TrainingReport(
-        sources.name,
-        str(dtype).removeprefix("torch."),
-        config,
-        {name: Spread.of(values) for name, values in rates.items()},
-        Spread.of(one / other for one, other in zip(*rates.values(), strict=True)),
-    )
+def _told(more: dict[str, Any]) -> str:
+    """The target and whether it was met."""
+    (goal,) = more.get("targets", [None])
+    met = goal and ("met" if goal["met"] else "missed") + ("" if goal["certain"] else ", perhaps")
+    return f"to reach is {goal['at_least']:g} x: {met}" if goal else ""
+
+
+@dataclass
+class _Epoch:
+    """All batches of one side, a step each."""
+
+    side: _Side
+    answers: list[list[int]]
+    labels: Tensor
+    batches: list[list[int]]
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.seconds) == len(self.batches)
+
+    def step(self) -> None:
+        batch = self.batches[len(self.seconds)]
+        self.seconds.append(self.side.step([self.answers[number] for number in batch], self.labels[batch]))
 
 
 class _Side:

@@ -22,10 +22,14 @@ Unit = tuple[str, Callable[[], Any]]
 
 class Plan(Protocol):
     """What is measured, piece by piece. kind, seed: of the document. settings: whatever decides the results, so that
-    only a measurement with the same ones is gone on with."""
+    only a measurement with the same ones is gone on with. limit: seconds that it takes at most, more or less; None
+    where the work decides."""
 
     kind: str
     seed: int
+
+    @property
+    def limit(self) -> float | None: ...
 
     @property
     def settings(self) -> dict[str, Any]: ...

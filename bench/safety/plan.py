@@ -68,6 +68,7 @@ class SafetyPlan:
     """
 
     kind = "safety"
+    limit = None
 
     def __init__(
         self,

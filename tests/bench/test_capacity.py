@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ from stockade.bench.cost_fit import (
     measured_steps,
     outside_costs,
 )
-from stockade.bench.document import BadDocument, Document
+from stockade.bench.document import BadDocument, Document, Session
 from stockade.bench.guard_programs import GUARDS, Asked, Sizes, Stage, models_of, stages
 from stockade.bench.objective import Objective
 from stockade.bench.replica import Job, Limits, Placement, Replica, simulate
@@ -156,6 +156,7 @@ def test_a_detector_on_processor_cores_takes_the_time_that_it_takes_there():
     st.sampled_from([None, 400]),
     st.integers(0, 1000),
 )
+@example("protector-separate", Placement("stream", True), 24.0, 400, 560)  # preempted while its batch ran
 def test_every_arrival_leaves_and_littles_law_holds(
     guard: str, placement: Placement, rate: float, kv: int | None, seed: int
 ):
@@ -345,9 +346,10 @@ def test_unknown_guards_and_placements_are_refused_by_name():
 def test_costs_on_processor_cores_are_a_line_through_what_onnx_measured(tmp_path: Path):
     rows = [{"batch": 1, "tokens": n, "onnx int8": 5.0 + 0.5 * n} for n in (32, 128, 256)]
     file = tmp_path / "onnx.json"
-    file.write_text(json.dumps({"seconds": [*rows, {"batch": 8, "tokens": 32, "onnx int8": 900.0}]}))
+    known = Session.begin().document("onnx", {}, [*rows, {"batch": 8, "tokens": 32, "onnx int8": 900.0}])
+    known.write(file)
     assert outside_costs(file) == pytest.approx((0.005, 0.0005))
-    file.write_text("{}")
+    replace(known, rows=rows[:0]).write(file)
     with pytest.raises(BadDocument, match="bench onnx"):
         outside_costs(file)
 

@@ -250,25 +250,6 @@ def test_a_forced_guard_takes_its_path_with_texts_of_fixed_length(name: str, pat
             check_path(reply, reply.outcome, 6)
 
 
-def test_decode_compares_the_same_work() -> None:
-    report = bench("decode", "--model", "tiny-llama", "--new-tokens", "3", "--prefill", "40")
-    assert [row["workload"] for row in report["rows"]] == ["batch 1", "batch 4", "prefill 40"]
-    for row in report["rows"]:
-        rates = row["tokens_per_s"]
-        own, other = rates["stockade"]["median"], rates["transformers"]["median"]
-        assert row["n"] == 1 and row["ratio"]["median"] == pytest.approx(own / other, rel=1e-2)
-    assert report["memory"]["tokens_per_second_at_batch_1"] > 0
-
-
-def test_concurrency_reports_ratio_and_shares() -> None:
-    report = bench("concurrency", "--model", "tiny-llama", "--guard", "protector", "--answer-tokens", "3")
-    figure = report["guards"]["protector"]["harmful"]
-    assert figure["ratio"]["median"] > 0
-    assert 0 < figure["guard_loop_percent"]["median"] < figure["outside_forward_percent"]["median"] < 100
-    with pytest.raises(BadInput, match="no guard 'nothing'"):
-        bench("concurrency", "--model", "tiny-llama", "--guard", "nothing")
-
-
 def test_a_model_without_companions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--detector"), sources(str(tmp_path)):
         pass

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -15,9 +16,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stockade.bench.beside_peers import PeersConfig, PeersReport, run_peers
+from stockade.bench.beside_peers import PeersConfig, PeersPlan, same
 from stockade.bench.gguf_export import save_gguf
+from stockade.bench.paired import Enough
 from stockade.bench.peer_process import Peer, PeerFailed, PeerSpec, UnknownPeer
+from stockade.bench.units import run_units
 from stockade.bench.workload import sources
 from stockade.engine.errors import BadInput, MissingExtra, UnknownArchitecture
 from stockade.engine.models.gguf_file import GgufFile
@@ -89,30 +92,39 @@ def test_any_server_of_openais_protocol_is_a_peer(server: str):
 
 
 def test_this_engine_and_transformers_give_the_same_tokens_in_turn():
-    config = PeersConfig(repeats=2, prompt_tokens=12, answer_tokens=6, dtype="fp32", threads=1)
-    with sources("tiny-llama") as weights:
-        report = run_peers(weights, config)
-    first, second = report.rows()
+    enough = Enough(least=2, tolerance=1e9)
+    config = PeersConfig(enough=enough, prompt_tokens=12, answer_tokens=6, dtype="fp32", threads=1)
+    done: dict = {}
+    with sources("tiny-llama") as weights, ExitStack() as stack:
+        plan = PeersPlan(weights, config, stack)
+        assert run_units(plan, done)
+    assert list(done) == ["question, round 0", "question, round 1"]
+    assert [list(found) for found in done.values()] in (
+        [["stockade", "transformers"], ["transformers", "stockade"]],
+        [["transformers", "stockade"], ["stockade", "transformers"]],
+    )
+    first, second = plan.rows(json.loads(json.dumps(done)))
     assert [first["peer"], second["peer"]] == ["stockade", "transformers"]
     assert second["same_as_first"] == "2 of 2 answers, 100 % of the tokens"
     for row in (first, second):
         assert row["answer_ms"]["n"] == 2 and row["answer_ms"]["median"] >= row["first_token_ms"]["median"] > 0
         assert row["judge_ms"]["median"] > 0
         assert row["score_ms"] is None and row["not_done"] == {"score": "no detector was given"}
+    seconds = [[found[name]["seconds"]["answer"] for name in ("transformers", "stockade")] for found in done.values()]
+    assert second["ratios"]["answer"]["median"] == pytest.approx(sum(a / b for a, b in seconds) / 2, rel=1e-3)
+    assert first["ratios"] == {}
 
 
 def test_answers_are_compared_up_to_the_first_token_that_differs():
-    config = PeersConfig(answer_tokens=4)
-    report = PeersReport(config, "x", loaded={"a": {}, "b": {}}, ids={"a": [[1, 2, 3, 4]], "b": [[1, 2, 9, 4]]})
-    assert report.same("b") == "0 of 1 answers, 50 % of the tokens"
-    report.ids["b"], report.texts = [None], {"a": ["x"], "b": ["x"]}
-    assert report.same("b") == "1 of 1 answers, by text"
+    first = [{"ids": [1, 2, 3, 4], "text": "x"}]
+    assert same([{"ids": [1, 2, 9, 4], "text": "y"}], first) == "0 of 1 answers, 50 % of the tokens"
+    assert same([{"ids": None, "text": "x"}], first) == "1 of 1 answers, by text"
 
 
 def test_every_peer_runs_once():
     twice = PeersConfig(peers=(PeerSpec("stockade"), PeerSpec("stockade")))
-    with sources("tiny-llama") as weights, pytest.raises(BadInput, match="every peer once"):
-        run_peers(weights, twice)
+    with sources("tiny-llama") as weights, ExitStack() as stack, pytest.raises(BadInput, match="every peer once"):
+        PeersPlan(weights, twice, stack)
 
 
 def test_weights_come_back_from_the_gguf_that_others_read(tmp_path: Path):

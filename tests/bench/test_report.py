@@ -66,12 +66,15 @@ def decoding(rate: float = 60.0) -> Document:
         return {"n": 3, "median": value, "p10": value - 1, "p90": value + 1}
 
     rates = {"stockade": side(rate), "transformers": side(20.0)}
-    row = {"workload": "batch 1", "n": 3, "tokens_per_s": rates, "ratio": side(rate / 20.0)}
-    units = {
-        f"round {number}": {"batch 1": {"stockade": rate + number, "transformers": 20.0 + number}}
-        for number in range(3)
+    ratio = {
+        "n": 3,
+        "median": rate / 20.0,
+        "low": rate / 20.0 - 0.1,
+        "high": rate / 20.0 + 0.1,
+        "within_percent": 3.0,
     }
-    return document("decode", rows=[row], units=units, more={"memory": {"tokens_per_second_at_batch_1": 71.0}})
+    row = {"workload": "batch 1", "n": 3, "tokens_per_s": rates, "ratio": ratio}
+    return document("decode", rows=[row], more={"memory": {"tokens_per_second_at_batch_1": 71.0}})
 
 
 def capacity() -> Document:
@@ -140,7 +143,7 @@ def test_the_same_figures_make_the_same_picture_and_others_another():
 
 def test_tables_of_known_kinds_have_headings_and_those_of_others_their_rows_as_they_are():
     (table,) = tables(decoding())
-    assert table.markdown().splitlines()[2] == "| batch 1 | 3 | 60.0 | 20.0 | 3.00 (2.00 to 4.00) |"
+    assert table.markdown().splitlines()[2] == "| batch 1 | 3 | 60.0 | 20.0 | 3.00 (2.90 to 3.10) |"
     assert table.markdown().splitlines()[1] == "| --- | ---: | ---: | ---: | ---: |"
     plain = document("novel", rows=[{"what": "a|b", "ms": {"median": 1.5, "low": 1.0, "high": 2.0}}, {"n": 3}])
     (table,) = tables(plain)
@@ -164,6 +167,7 @@ def test_single_figures_changed_where_their_intervals_lie_apart():
         found = {change.what: change.verdict for change in compare(decoding(), decoding(rate)).changes}
         assert found["batch 1, stockade: tokens/s"] == verdict
         assert found["batch 1, transformers: tokens/s"] == "within noise"
+        assert found["batch 1: the other's / ours, time"] == verdict
 
 
 def test_a_comparison_says_what_else_was_different():
@@ -208,7 +212,8 @@ def test_the_command_writes_page_pictures_and_readme_and_refuses_other_folders(t
         assert done.exit_code == 0
         return done.output
 
-    run(str(results), "--against", str(before), "--png", str(tmp_path / "png"))
+    told = run(str(results), "--against", str(before), "--png", str(tmp_path / "png"))
+    assert "+50.0 %" in told and "better" in told
     assert "What changed" in (results / "report.html").read_text()
     assert (tmp_path / "png" / "decode-decode.png").exists()
     assert "| batch 1 | 3 | 90.0 |" in run(str(results), "--markdown", "--readme", str(readme))

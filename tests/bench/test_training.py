@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from stockade.cli import app
@@ -12,10 +13,24 @@ from stockade.cli import app
 
 def test_a_step_is_not_slower_than_a_plain_loops(tmp_path: Path) -> None:
     file = tmp_path / "training.json"
-    options = ["--model=tiny-llama", "--answers=24", "--longest=64", "--repeats=3", "--json", str(file)]
+    options = [
+        "--model=tiny-llama",
+        "--answers=24",
+        "--longest=64",
+        "--rounds=3",
+        "--within=500",
+        "--json",
+        str(file),
+    ]
     done = CliRunner().invoke(app, ["bench", "training", *options])
     assert done.exit_code == 0, done.output
     assert "plain PyTorch" in done.output
     found = json.loads(file.read_text())
-    assert found["tokens_per_second"]["stockade"]["n"] == 3
-    assert found["ratio"]["median"] > 0.8  # about 1.5: little padding, no mask
+    (row,), (target,) = found["rows"], found["targets"]
+    assert row["n"] == row["tokens_per_s"]["stockade"]["n"] == 3
+    assert row["ratio"]["median"] > 0.8  # about 1.5: little padding, no mask
+    assert (
+        target["at_least"] == 0.8
+        and target["met"]
+        and target["measured"] == pytest.approx(row["ratio"]["median"], 0.01)
+    )
