@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .outside import OutsideDetector
     from .passes import ReleaseMode
 
-GUARD_MODELS = ("llama-guard-3", "llama-guard-3-1b", "qwen3guard", "shieldgemma", "granite-guardian-3.1")
+GUARD_MODELS = (
+    *("llama-guard-3", "llama-guard-3-1b", "qwen3guard", "shieldgemma", "granite-guardian-3.1"),
+    "llama-guard-4",
+)
 GUARDS = ("off", "protector", "probe", "ecso", *GUARD_MODELS)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 

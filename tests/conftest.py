@@ -25,6 +25,9 @@ from transformers import (
     Glm4Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -125,6 +128,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 # Architectures that the engine's own decoder does not have.
 ROOMY = {**BASE, "max_position_embeddings": 2048}
+LLAMA4 = {
+    **ROOMY,
+    "head_dim": 16,
+    "intermediate_size_mlp": 80,
+    "floor_scale": 400,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 OTHER_FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: MixtralConfig(**ROOMY, num_local_experts=4, num_experts_per_tok=2, sliding_window=20),
     "qwen3_moe": lambda: Qwen3MoeConfig(
@@ -141,7 +158,22 @@ OTHER_FAMILIES: dict[str, Callable[[], Any]] = {
     "exaone4": lambda: Exaone4Config(
         **ROOMY, sliding_window=20, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
+    "llama4_text": lambda: Llama4TextConfig(
+        **LLAMA4, num_local_experts=2, interleave_moe_layer_step=2, no_rope_layers=[1, 0, 1]
+    ),
+    "llama4": lambda: llama4_config(attention_chunk_size=512),
 }
+
+
+def llama4_config(**text: Any) -> Llama4Config:
+    """As that of Llama Guard 4: experts nowhere."""
+    eyes = {
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+        **{"image_size": 28, "patch_size": 14, "vision_output_dim": 32},
+        **{"projector_input_dim": 32, "projector_output_dim": 32},
+    }
+    dense = {"moe_layers": [], "num_local_experts": 0, "num_experts_per_tok": 0, "no_rope_layer_interval": 2}
+    return Llama4Config(text_config={**LLAMA4, **dense, **text}, vision_config=eyes)
 
 
 def save_tokenizer(folder: Path, image_token: int | None = None) -> None:
@@ -169,6 +201,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             torch.manual_seed(len(family))
             if family == "llava":
                 model, image_token = tiny_llava(folder), IMAGE_TOKEN
+            elif family == "llama4":
+                model, image_token = Llama4ForConditionalGeneration(OTHER_FAMILIES[family]()), None
             elif family.startswith("classifier"):
                 kind = family.removeprefix("classifier-") if "-" in family else "llama-gqa"
                 config = FAMILIES[kind]()

@@ -16,7 +16,6 @@ from .templates import TEMPLATES, GuardTemplate
 IMITATES = "imitates the guard's prompt"
 
 _INSTEAD = {
-    "llama-guard-4": "its architecture, llama4, does not run in this engine; use llama-guard-3 or qwen3guard",
     "shieldgemma-2": "it judges images, not answers; use shieldgemma",
 }
 

@@ -121,6 +121,7 @@ class FallbackDecoder:
         self.device = model.device
         self.dtype = model.dtype
         self.head = model.get_output_embeddings()
+        self._context = _plain_context(model)
         self._body, self._stations = _with_stations(model)
         self.depth = len(self._stations)
         self.config = self._survey()
@@ -221,7 +222,7 @@ class FallbackDecoder:
             heads=kind.heads,
             kv_heads=kind.kv_heads,
             head_dim=kind.head_dim,
-            context=config.max_position_embeddings,
+            context=self._context,
             tied=bool(config.tie_word_embeddings),
             attention_scale=kind.scale,
             attention_cap=kind.cap,
@@ -260,6 +261,23 @@ def _attention(
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     kind = AttentionKind(heads, kv_heads, head_dim, scale, softcap, sliding_window)
     return stockade_attend(query, key, value, kind), None
+
+
+def _plain_context(model: PreTrainedModel) -> int:
+    """How many tokens a model attends to as pages do; those of Llama 4 attend so to their first ones only.
+
+    Its chunks are apart from the end of the first one on. From position `floor_scale` - 1 on it sharpens queries by a
+    row's place in the batch, which is none here: that is switched off, and below it changes nothing.
+    """
+    config, bounds = model.config, [model.config.max_position_embeddings]
+    if chunk := getattr(config, "attention_chunk_size", None):
+        bounds.append(chunk)
+    if getattr(config, "attn_temperature_tuning", False):
+        bounds.append(config.floor_scale - 1)
+        for part in model.modules():
+            if hasattr(part, "attn_temperature_tuning"):
+                part.attn_temperature_tuning = False
+    return min(bounds)
 
 
 def _with_stations(model: PreTrainedModel) -> tuple[nn.Module, list[_Station]]:

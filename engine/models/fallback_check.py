@@ -20,10 +20,12 @@ from .checkpoint import Checkpoint, ContentHash
 from .decoder import ROPE_TYPES
 from .fallback import FallbackDecoder, layer_list
 
-PAGED_LAYERS = ("full_attention", "sliding_attention")
+PAGED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 TRIAL_LENGTHS = (11, 1, 19)
 TRIAL_WINDOW = 5
 TOLERANCE = 1e-4  # of the largest logit, or of 1
+# Models with eyes whose language model runs without them, and how the names of the eyes' tensors begin.
+BY_TEXT = {"llama4": ("vision_model.", "multi_modal_projector.")}
 # Settings of a configuration by which `transformers` would fetch or run what is no weight.
 _FOREIGN = ("quantization_config", "fusion_config", "transformers_weights", "distributed_config")
 
@@ -35,9 +37,10 @@ def check_outline(config: PretrainedConfig, classifier: bool) -> None:
     """
     if reason := _why_not(config, classifier):
         raise UnknownArchitecture(reason)
+    text = _text_part(config)
     with torch.device("meta"), _quietly():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(
-            copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._from_config(
+            text, attn_implementation="eager", dtype=torch.bfloat16
         )
     try:
         FallbackDecoder(model.eval())
@@ -69,13 +72,15 @@ def _why_not(config: PretrainedConfig, classifier: bool) -> str | None:
         return "it is a sequence classifier; the fallback runs language models, and head files on them"
     if config.is_encoder_decoder:
         return "it is an encoder with a decoder; the fallback runs decoders alone"
+    for name in _FOREIGN:
+        if getattr(config, name, None):
+            return f"its configuration has a {name}; weights are taken as they are, or from GGUF files"
+    if config.model_type in BY_TEXT:
+        return _why_not(config.get_text_config(), classifier)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of this type"
     if config.sub_configs:
         return "it has more than a text model"
-    for name in _FOREIGN:
-        if getattr(config, name, None):
-            return f"its configuration has a {name}; weights are taken as they are, or from GGUF files"
     kinds = getattr(config, "layer_types", None) or ()
     if others := sorted(set(kinds) - set(PAGED_LAYERS)):
         return f"it has layers of {', '.join(others)}; pages hold those of {' and '.join(PAGED_LAYERS)}"
@@ -94,14 +99,24 @@ def _rope_types(parameters: dict[str, Any]) -> list[str]:
     return [item.get("rope_type", "default") for item in nested or [parameters]]
 
 
+def _text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of what the language model is made by, with all that its forward pass asks for."""
+    text = copy.deepcopy(config.get_text_config() if config.model_type in BY_TEXT else config)
+    text.output_router_logits = False
+    if getattr(text, "attention_chunk_size", 0) is None:
+        # so Llama Guard 4 says that there are no chunks; whoever makes the mask wants their size all the same
+        text.attention_chunk_size = text.max_position_embeddings
+    return text
+
+
 def _filled(checkpoint: Checkpoint, hasher: ContentHash, dtype: torch.dtype) -> PreTrainedModel:
     """The module with its weights. `transformers` knows how the names of a file become those of its modules, what is
     tied and what is computed anew; it gets tensors that were read already, and no path."""
-    config = copy.deepcopy(checkpoint.config)
-    config.output_router_logits = False
+    config = _text_part(checkpoint.config)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    eyes = BY_TEXT.get(checkpoint.config.model_type, ())
     # copied, because they are views of files
-    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(hasher)}
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(hasher) if not name.startswith(eyes)}
     try:
         with _quietly():
             model, told = kind.from_pretrained(
@@ -187,7 +202,8 @@ def _first_layers(model: PreTrainedModel) -> PreTrainedModel:
     lists = {
         key: value
         for key, value in model.config.to_dict().items()
-        if isinstance(value, list | tuple) and len(value) == len(layers)
+        # one that counts the layers (all of them are experts') tells none from another
+        if isinstance(value, list | tuple) and len(value) == len(layers) and [*value] != [*range(len(layers))]
     }
     kinds = [
         str([*((key, value[index]) for key, value in lists.items())])
@@ -206,7 +222,6 @@ def _first_layers(model: PreTrainedModel) -> PreTrainedModel:
         for key, value in lists.items():
             setattr(config, key, value[:count])
     for part in (*configs, *cut.modules()):
-        for key in ("sliding_window", "attention_chunk_size"):
-            if isinstance(getattr(part, key, None), int):
-                setattr(part, key, TRIAL_WINDOW)
+        if isinstance(getattr(part, "sliding_window", None), int):
+            part.sliding_window = TRIAL_WINDOW
     return cut

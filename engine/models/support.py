@@ -84,9 +84,15 @@ NAMES = {
     "glm4": "GLM-4-0414",
     "smollm3": "SmolLM3",
     "exaone4": "EXAONE 4",
+    "llama4_text": "Llama 4, text only",
+    "llama4": "Llama 4 and Llama Guard 4 by their text, without their eyes",
 }
-ON_FALLBACK = ("mixtral", "qwen3_moe", "olmo2", "starcoder2", "gpt_neox", "cohere2", "glm4", "smollm3", "exaone4")
+ON_FALLBACK = (
+    *("mixtral", "qwen3_moe", "olmo2", "starcoder2", "gpt_neox", "cohere2", "glm4", "smollm3", "exaone4"),
+    *("llama4_text", "llama4"),
+)
 """Architectures that tests run on the fallback; it takes others, too."""
+GUARDS_ON_FALLBACK = ("llama-guard-4",)
 
 _OWN_CODE = "its architecture is code of its own"
 _FIRST_NAMES = "its weights have the names of LLaVA's first release"
@@ -167,7 +173,7 @@ def guard_rows(prompts: Mapping[str, str]) -> Iterator[Row]:
             "guard models",
             whose.partition(" (")[0],
             (name,),
-            Way.ENGINE,
+            Way.FALLBACK if name in GUARDS_ON_FALLBACK else Way.ENGINE,
             "prompt as documented, scores as transformers'",
         )
 

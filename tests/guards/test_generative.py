@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GraniteConfig,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -31,7 +32,7 @@ from stockade.engine.named import GUARD_MODELS, guard_named
 from stockade.engine.passes import Answer, Choose, Chosen, Decision, ModelTraits, Scored
 from stockade.engine.request import Outcome, Verdict
 from stockade.engine.text import Codec, segments_text
-from tests.conftest import BASE, scatter_norms
+from tests.conftest import BASE, llama4_config, scatter_norms
 
 CHAT = Chat.parse(
     [
@@ -49,6 +50,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3guard": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "shieldgemma": lambda: Gemma2Config(**SHAPE, head_dim=16, sliding_window=512, tie_word_embeddings=False),
     "granite-guardian-3.1": lambda: GraniteConfig(**SHAPE, embedding_multiplier=12.0, logits_scaling=4.0),
+    "llama-guard-4": lambda: llama4_config(**SHAPE, attention_chunk_size=8192, floor_scale=8192),
 }
 
 
@@ -129,9 +131,8 @@ def test_a_cascade_asks_it_where_the_cheap_detector_is_unsure(play: Any) -> None
 
 def test_what_makes_no_guard_is_refused() -> None:
     for name, message in (
-        ("llama-guard-4", "use llama-guard-3 or qwen3guard"),
         ("shieldgemma-2", "use shieldgemma"),
-        ("other", "there are llama-guard-3, llama-guard-3-1b, qwen3guard, shieldgemma, granite-guardian-3.1"),
+        ("other", "there are llama-guard-3, llama-guard-3-1b, qwen3guard, .* granite-guardian-3.1, llama-guard-4"),
     ):
         with pytest.raises(InvalidGuard, match=message):
             GenerativeGuard(name)
@@ -182,7 +183,12 @@ def guard_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         if (name, word) not in made:
             folder = made[name, word] = tmp_path_factory.mktemp(name)
             torch.manual_seed(len(name))
-            model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+            config = CONFIGS[name]()
+            model = (
+                Llama4ForConditionalGeneration(config)
+                if name == "llama-guard-4"
+                else AutoModelForCausalLM.from_config(config)
+            ).eval()
             scatter_norms(model)
             tokenizer = tokenizer_for(name)
             if word is not None:
@@ -197,9 +203,10 @@ def guard_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @torch.no_grad()
 def says(model: Any, tokenizer: PreTrainedTokenizerFast, name: str, word: str) -> None:
     """Layers add nothing, so that the last state is that of the prompt's last token; the word's row points to it."""
+    model = getattr(model, "language_model", model)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+        (layer.feed_forward if name == "llama-guard-4" else layer.mlp).down_proj.weight.zero_()
     ids = Codec(tokenizer).encode(prompts(name)[0], add_special_tokens=True)
     state = model.model(torch.tensor([ids[-2:]])).last_hidden_state[0, -1]
     model.lm_head.weight.zero_()

@@ -11,15 +11,22 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Llama4ForConditionalGeneration,
+)
 
 from stockade.engine.engine import Engine
-from stockade.engine.errors import CheckpointMismatch, UnknownArchitecture
+from stockade.engine.errors import CheckpointMismatch, ImagesNotSupported, PromptTooLong, UnknownArchitecture
 from stockade.engine.models import fallback
 from stockade.engine.models.loader import Attached, load_models
 from stockade.engine.sampling import SamplingParams
-from tests.conftest import BASE, save_tokenizer
+from tests.conftest import BASE, llama4_config, save_tokenizer
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 MLA = {
@@ -40,7 +47,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_oss": ({"num_local_experts": 4, "head_dim": 16}, "GptOssAttention wants s_aux"),
     "deepseek_v3": ({**MLA, "first_k_dense_replace": 9}, "16, 16 and 12 numbers a head"),
     "mamba": ({}, "layers of linear_attention"),
-    "llama4_text": ({"intermediate_size_mlp": 96, "num_local_experts": 2}, "layers of chunked_attention"),
     "falcon_h1": (
         {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
         "layers of hybrid",
@@ -87,6 +93,54 @@ def test_a_model_that_runs_differently_on_pages_is_refused(
     for kind in ("starcoder2", "cohere2"):
         with pytest.raises(UnknownArchitecture, match="away from those of its own forward pass"):
             load_models(checkpoint(kind), dtype=torch.float32)
+
+
+# --- Llama 4 attends as pages do up to a length, and is run up to there ---
+
+
+@pytest.mark.parametrize(
+    ("text", "context"),
+    [
+        ({"attention_chunk_size": 50, "floor_scale": 999}, 50),
+        ({"attention_chunk_size": 999, "floor_scale": 51, "attn_scale": 9.0}, 50),
+        ({"attention_chunk_size": None, "floor_scale": 51}, 50),  # as Llama Guard 4 says that there are no chunks
+        ({"attention_chunk_size": None, "attn_temperature_tuning": False, "floor_scale": 9}, 2048),
+    ],
+)
+def test_llama4_runs_up_to_where_it_attends_otherwise(text: dict[str, Any], context: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = save(Llama4ForConditionalGeneration(llama4_config(**text)), tmp_path)
+    engine = Engine(folder, dtype=torch.float32, kv_bytes=8 << 20)
+    assert engine.models["mllm"].context == context
+    config = llama4_config(**text).get_text_config()
+    config.attention_chunk_size = config.attention_chunk_size or 2048  # without one it has no mask
+    reference = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    # together they have more rows than any of them may have tokens
+    prompts = [[*range(start, start + 45)] for start in (10, 80, 150)]
+    for prompt, reply in zip(prompts, engine.generate(prompts, SHORT), strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + reply.token_ids])).logits[0]
+        assert reply.token_ids == logits[44:-1].argmax(-1).tolist()
+    if context == 50:
+        (reply,) = engine.generate([prompts[0]], SamplingParams(max_tokens=50, ignore_eos=True))
+        assert len(reply.token_ids) == 5
+        with pytest.raises(PromptTooLong, match="50 tokens; mllm takes at most 49 and must have room to answer"):
+            engine.generate([list(range(50))], SHORT)
+
+
+def test_llama4_without_its_eyes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = Engine(checkpoint("llama4"), dtype=torch.float32, kv_bytes=8 << 20)
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    with pytest.raises(ImagesNotSupported, match="mllm reads text only"):
+        engine.chat([[{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]])
+    folder = changed(checkpoint("llama4"), tmp_path / "changed", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnknownArchitecture, match="its configuration has a quantization_config"):
+        load_models(folder, dtype=torch.float32)
+    folder = shutil.copytree(checkpoint("llama4"), tmp_path / "more")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "language_model.surprise": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointMismatch, match=r"has unknown tensors: language_model\.surprise"):
+        load_models(folder, dtype=torch.float32)
 
 
 def changed(folder: Path, target: Path, **config: Any) -> Path:
