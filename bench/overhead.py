@@ -14,6 +14,7 @@ from rich.console import RenderableType
 
 from ..engine.answers import PATIENT
 from ..engine.engine import Engine
+from ..engine.errors import BadInput
 from .estimates import Estimate
 from .overhead_report import Key, Mixed, OverheadConfig, OverheadReport, figures
 from .rewrites import RewriteConfig, RewriteReport, run_rewrites
@@ -21,6 +22,7 @@ from .side_by_side import Run, Variant, together
 from .units import Unit
 from .variants import (
     AS_PUBLISHED,
+    ATTACHED,
     PATHS,
     TRANSFORMERS,
     bench_models,
@@ -29,6 +31,7 @@ from .variants import (
     is_published,
     mixed_variants,
     published_variants,
+    takes_adapters,
 )
 from .workload import Asked, Sources, picture, question
 
@@ -61,10 +64,19 @@ class OverheadPlan:
     limit = None
 
     def __init__(self, sources: Sources, config: OverheadConfig, dtype: torch.dtype | None = None) -> None:
-        """Raises `BadInput` for the name of a variant that is none."""
+        """Raises `BadInput` for the name of a variant that is none, and where no variant can be measured."""
+        engine_variants(config.lengths, config.variants)  # refuses a wrong name before anything is loaded
+        adapters = takes_adapters(sources)
+        names = config.variants if adapters else tuple(name for name in config.variants if name not in ATTACHED)
+        self._not_done = tuple(name for name in config.variants if name not in names)
+        if not names:
+            raise BadInput(
+                f"{sources.name} runs on the fallback: {', '.join(ATTACHED)} needs adapters attached to it"
+            )
+        config = replace(config, variants=names)
         self.config, self.seed = config, config.seed
-        variants = engine_variants(config.lengths, config.variants)
-        models = bench_models(sources, dtype)
+        variants = engine_variants(config.lengths, names, adapters)
+        models = bench_models(sources, dtype, adapters)
         model = models.models["mllm"]
         self._questions = Questions(
             model.codec.tokenizer, config.prompt_tokens, model.backbone.vision is not None, Random(config.seed)
@@ -79,8 +91,8 @@ class OverheadPlan:
         self.settings = {"model": self._model, "dtype": self._dtype, **asdict(config)}
         short = replace(config.lengths, answer=config.saturation_tokens)
         names = tuple(name for name in config.variants if not name.endswith(AS_PUBLISHED))
-        self._saturated = [v for v in engine_variants(short, names) if v.path == PATHS[0]]
-        self._mixed = mixed_variants(short, names)
+        self._saturated = [v for v in engine_variants(short, names, adapters) if v.path == PATHS[0]]
+        self._mixed = mixed_variants(short, names, adapters)
 
     def warm_up(self) -> None:
         self._latency(-1)
@@ -164,6 +176,7 @@ class OverheadPlan:
             ),
             mixed={name: Mixed.of(pairs, self.config.concurrent) for name, pairs in seconds["mixed"].items()},
             rewrites=None if rewrites is None else RewriteReport.of(rewrites),
+            not_done=self._not_done,
             chunk=PATIENT * engine.scheduler.lane(engine.models["detector"].backbone).free_rows,
         )
 

@@ -16,6 +16,7 @@ from .rewrites import RewriteReport
 from .side_by_side import Run, Variant
 from .variants import DEFAULT, DETECTOR_ALONE, MIXED, PATHS, counterpart
 
+NOT_DONE = "attached adapters need a model of the engine's own decoder"
 Key = tuple[str, str]
 """A variant's name and path."""
 
@@ -190,8 +191,8 @@ def _step_differences(runs: Mapping[int, Run], base: Mapping[int, Run]) -> list[
 
 @dataclass(frozen=True)
 class OverheadReport:
-    """figures: by variant, then by path. mixed: by guard. rewrites: None where they have not run yet. chunk: tokens
-    that the separate detector reads at a time."""
+    """figures: by variant, then by path. mixed: by guard. rewrites: None where they have not run yet. not_done:
+    guards that the model cannot have. chunk: tokens that the separate detector reads at a time."""
 
     config: OverheadConfig
     model: str
@@ -199,6 +200,7 @@ class OverheadReport:
     figures: dict[str, dict[str, Figure]]
     mixed: dict[str, Mixed]
     rewrites: RewriteReport | None
+    not_done: tuple[str, ...]
     chunk: int
 
     def goals(self) -> list[Goal]:
@@ -274,6 +276,7 @@ class OverheadReport:
             "variants": {name: self._variant(name) for name in self.figures},
             "mixed": {name: mixed.to_dict() for name, mixed in self.mixed.items()},
             "rewrites": None if self.rewrites is None else self.rewrites.to_dict(),
+            "not_done": dict.fromkeys(self.not_done, NOT_DONE),
             "chunk_tokens": self.chunk,
             "targets": [goal.to_dict() for goal in self.goals()],
         }
@@ -329,6 +332,8 @@ class OverheadReport:
                     "" if figure.lost is None else f"{100.0 * figure.lost.median:.1f}",
                 )
             table.add_section()
+        for name in self.not_done:
+            table.add_row(name, "not done", NOT_DONE)
         return table
 
     def _targets(self) -> Table:

@@ -19,7 +19,7 @@ from ..engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, SelfJu
 from ..engine.guards.prompts import detector_text
 from ..engine.guards.remedies import Mending
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec
-from ..engine.models.loader import Attached, ModelSet, load_models
+from ..engine.models.loader import Attached, ModelSet, check_without_weights, load_models
 from ..engine.passes import Answer, Decision, Handle, Loop, ModelTraits, ReleaseMode, Score
 from ..engine.request import Outcome, Reply
 from ..engine.sampling import SamplingParams
@@ -39,6 +39,8 @@ COUNTERPARTS = {"protector": "published-protector", "probe": "published-protecto
 TRANSFORMERS = "transformers-off"
 DETECTOR_ALONE = "detector-alone"
 DEFAULT = ("protector-separate", "protector-adapter", "probe", "ecso", "ecso-continued")
+ATTACHED = ("protector-adapter",)
+"""Guards that are adapters attached to the MLLM, which models on the fallback do not take."""
 
 
 def is_published(variant: Variant) -> bool:
@@ -113,22 +115,24 @@ def forced_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     }
 
 
-def guards_of_bench(lengths: Lengths, path: str) -> dict[str, Guard | None]:
-    """`forced_guards`, and those on the models that only `bench_engine` has. To `protector-alarmed` every beginning
-    looks harmful: it begins the rewrite beside the answer, which on the harmless path is in vain."""
+def guards_of_bench(lengths: Lengths, path: str, adapters: bool = True) -> dict[str, Guard | None]:
+    """`forced_guards`, and those on the models that only `bench_models` has. To `protector-alarmed` every beginning
+    looks harmful: it begins the rewrite beside the answer, which on the harmless path is in vain. Without `adapters`
+    the probe's rewrites are those of the separate detoxifier."""
     known = forced_guards(lengths, path)
     separate = known.pop("protector")
     assert separate is not None
     mender = _Rewrites("detoxifier-adapter", sampling=SamplingParams(max_tokens=lengths.mended, ignore_eos=True))
-    own = replace(separate, remedy=mender)
+    own = replace(separate, remedy=mender) if adapters else separate
     threshold = THRESHOLDS[path]
+    attached = {"protector-adapter": replace(own, detector=HarmHead("detector-adapter", threshold=threshold))}
     return {
         **known,
         "protector-separate": separate,
         "protector-alarmed": replace(
             separate, detector=HarmHead(threshold=threshold, prefix_threshold=THRESHOLDS["harmful"], chunk=32)
         ),
-        "protector-adapter": replace(own, detector=HarmHead("detector-adapter", threshold=threshold)),
+        **(attached if adapters else {}),
         "probe": replace(own, detector=Probe(threshold=threshold)),
     }
 
@@ -151,20 +155,27 @@ def shipped_guards(lengths: Lengths, path: str) -> dict[str, Guard | None]:
     return out
 
 
-def bench_models(sources: Sources, dtype: torch.dtype | None = None) -> ModelSet:
+def takes_adapters(sources: Sources) -> bool:
+    """Whether the MLLM will run on the engine's own decoder. Raises a `CheckpointError` for one that will not run."""
+    return check_without_weights(sources.model)[1] is None
+
+
+def bench_models(sources: Sources, dtype: torch.dtype | None = None, adapters: bool = True) -> ModelSet:
     """Every guard's models side by side, so that all variants share one unguarded reply.
 
     `detector` and `detoxifier` have weights and lanes of their own; `detector-adapter` (an activated LoRA) and
     `detoxifier-adapter` (a plain one) are random adapters on the MLLM's weights, and `probe` is a random head on its
-    states a little above the middle.
+    states a little above the middle. Without `adapters` there are none.
     """
-    # ids that any text may have: they are appended, never looked for
-    invocation = AutoTokenizer.from_pretrained(sources.folder).encode("Is this harmful?", add_special_tokens=False)[
-        :4
-    ]
-    detector = save_adapter(sources.folder, sources.work / "detector", task="SEQ_CLS", invocation=invocation)
-    detoxifier = save_adapter(sources.folder, sources.work / "detoxifier", task="CAUSAL_LM", seed=1)
-    here = load_models(sources.model, Attached(detector), Attached(detoxifier), dtype=dtype)
+    attached: tuple[Attached, Attached] | tuple[()] = ()
+    if adapters:
+        # ids that any text may have: they are appended, never looked for
+        tokenizer = AutoTokenizer.from_pretrained(sources.folder)
+        invocation = tokenizer.encode("Is this harmful?", add_special_tokens=False)[:4]
+        detector = save_adapter(sources.folder, sources.work / "detector", task="SEQ_CLS", invocation=invocation)
+        detoxifier = save_adapter(sources.folder, sources.work / "detoxifier", task="CAUSAL_LM", seed=1)
+        attached = Attached(detector), Attached(detoxifier)
+    here = load_models(sources.model, *attached, dtype=dtype)
     others = load_models(sources.detoxifier, sources.detector, dtype=dtype)
     mllm = here.models["mllm"]
     config = mllm.backbone.decoder.config
@@ -175,10 +186,10 @@ def bench_models(sources: Sources, dtype: torch.dtype | None = None) -> ModelSet
         "mllm": mllm,
         "detector": others.models["detector"],
         "detoxifier": replace(others.models["mllm"], name="detoxifier"),
-        "detector-adapter": replace(here.models["detector"], name="detector-adapter"),
-        "detoxifier-adapter": replace(here.models["detoxifier"], name="detoxifier-adapter"),
         "probe": replace(mllm, name="probe", depth=layer, head=head),
     }
+    for name in ("detector", "detoxifier") if adapters else ():
+        models[f"{name}-adapter"] = replace(here.models[name], name=f"{name}-adapter")
     return ModelSet(models, here.device, here.dtype)
 
 
@@ -200,12 +211,12 @@ def wanted_outcome(guard: Guard | None, path: str) -> Outcome:
     return Outcome.REFUSED if guard.recheck else Outcome.MENDED
 
 
-def engine_variants(lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+def engine_variants(lengths: Lengths, names: tuple[str, ...], adapters: bool = True) -> list[Variant]:
     """The guards of these names, and the unguarded replies that they are compared with.
 
     Raises `BadInput` for a name that is none.
     """
-    known = {path: guards_of_bench(lengths, path) for path in PATHS}
+    known = {path: guards_of_bench(lengths, path, adapters) for path in PATHS}
     guards = [name for name in known[PATHS[0]] if not name.startswith("off")]
     if unknown := [name for name in names if name not in guards]:
         raise BadInput(f"no guard {unknown[0]!r} to measure; there are {', '.join(guards)}")
@@ -220,9 +231,9 @@ def _baseline(name: str) -> str:
     return "off" + AS_PUBLISHED if name.endswith(AS_PUBLISHED) else "off"
 
 
-def mixed_variants(lengths: Lengths, names: tuple[str, ...]) -> list[Variant]:
+def mixed_variants(lengths: Lengths, names: tuple[str, ...], adapters: bool = True) -> list[Variant]:
     """The guards of these names on traffic in which every question says whether its answer is harmful, and `off`."""
-    known = {path: guards_of_bench(lengths, path) for path in PATHS}
+    known = {path: guards_of_bench(lengths, path, adapters) for path in PATHS}
     return [_variant(lengths, name, MIXED, known[PATHS[0]][name], known[PATHS[1]][name]) for name in ("off", *names)]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from random import Random
 from time import perf_counter, sleep
@@ -11,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from stockade.bench.commands import app
 from stockade.bench.decode import weight_bytes
 from stockade.bench.estimates import Estimate
-from stockade.bench.overhead_report import Goal, Mixed, figures
+from stockade.bench.overhead import OverheadPlan
+from stockade.bench.overhead_report import Goal, Mixed, OverheadConfig, figures
 from stockade.bench.published import Lengths
 from stockade.bench.report import Spread, WrongPath
 from stockade.bench.side_by_side import Run, Variant, Whole, together
@@ -95,6 +100,25 @@ def test_overhead_reports_every_variant_on_both_paths(tmp_path: Path) -> None:
 def test_a_guard_without_a_name_is_refused() -> None:
     with pytest.raises(BadInput, match="no guard 'nothing'"):
         bench("overhead", "--model", "tiny-llama", "--variant", "nothing")
+
+
+def test_a_model_on_the_fallback_has_every_guard_but_attached_adapters(checkpoint: Callable[[str], Path]) -> None:
+    config = OverheadConfig(
+        ("probe", "protector-adapter", "ecso-continued"), 1, 1, 1, 8, LENGTHS, 2, 1, 4, mixed_pairs=1
+    )
+    with sources(str(checkpoint("olmo2")), "tiny-llama", "tiny-llama") as weights:
+        plan = OverheadPlan(weights, config, torch.float32)
+        measures = dict(plan.units({}))
+        done = {name: measures[name]() for name in ("latency 0", "mixed 0")}
+        with pytest.raises(BadInput, match="runs on the fallback: protector-adapter needs adapters attached"):
+            OverheadPlan(weights, replace(config, variants=("protector-adapter",)), torch.float32)
+    more = plan.more(done)
+    assert {name for name in more["variants"] if name in DEFAULT} == {"probe", "ecso-continued"} == set(more["mixed"])
+    assert more["variants"]["probe"]["harmful"]["passes"] == ["answer", "rewrite"]
+    assert list(more["not_done"]) == ["protector-adapter"]
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(plan.table(done))
+    assert re.search("protector-adapter .*not done .*attached adapters need", console.export_text())
 
 
 def test_the_engine_does_the_published_passes() -> None:
