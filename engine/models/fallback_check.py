@@ -83,7 +83,7 @@ def _why_not(config: PretrainedConfig, classifier: bool) -> str | None:
         return "it has more than a text model"
     kinds = getattr(config, "layer_types", None) or ()
     if others := sorted(set(kinds) - set(PAGED_LAYERS)):
-        return f"it has layers of {', '.join(others)}; pages hold those of {' and '.join(PAGED_LAYERS)}"
+        return f"it has layers of {', '.join(others)}; pages hold those of {', '.join(PAGED_LAYERS)}"
     for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope_type not in ROPE_TYPES:
             return (

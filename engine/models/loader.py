@@ -368,6 +368,8 @@ def _check_fallback(checkpoint: Checkpoint, refusal: UnknownArchitecture) -> Non
 
 
 def _refused_by_both(refusal: UnknownArchitecture, error: UnknownArchitecture) -> UnknownArchitecture:
+    if str(refusal) == str(error):
+        return UnknownArchitecture(f"{refusal}; nor does the fallback run it")
     return UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}")
 
 

@@ -205,7 +205,7 @@ def outlook(source: Checkpointed) -> Outlook:
         return Outlook(Way.REFUSED, f"{error} [{type(error).__name__}]")
     if refusal is None:
         return Outlook(Way.ENGINE, f"{NAMES.get(kind, kind)}; names and shapes of all tensors are as they should be")
-    tried = "one of those in tests" if kind in ON_FALLBACK else "not one of those in tests"
+    tried = f"{NAMES[kind]}, in the tests" if kind in ON_FALLBACK else "not one of those in the tests"
     return Outlook(Way.FALLBACK, f"{tried}; a trial run when it is loaded has the last word ({refusal})")
 
 

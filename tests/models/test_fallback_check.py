@@ -83,6 +83,15 @@ def test_the_refusal_says_what_the_engine_itself_runs(tmp_path: Path) -> None:
         load_models(folder, dtype=torch.float32)
 
 
+def test_what_neither_runs_is_said_once(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    folder = changed(checkpoint("llama-gqa"), tmp_path / "changed", rope_parameters=dynamic)
+    with pytest.raises(
+        UnknownArchitecture, match=r"^rotary scaling 'dynamic' [^;]*; known: [^;]*; nor does the fall"
+    ):
+        load_models(folder, dtype=torch.float32)
+
+
 def test_a_model_that_runs_differently_on_pages_is_refused(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def test_another_model_of_the_same_type_is_not_taken_for_the_one_with_eyes(tmp_p
         load_models(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "gemma2", "llava", "classifier", "olmo2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma2", "llava", "classifier", "olmo2", "llama4"])
 def test_the_outlook_is_what_loading_does(kind: str, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(kind)
     detector = kind == "classifier"
@@ -162,7 +162,7 @@ def test_the_command_shows_the_table_and_one_checkpoint(tmp_path: Path, checkpoi
         assert all(kind in shown for kind in row.types)
     assert run(app, ["models", "--markdown"]).output == markdown([*rows(), *guards]) + "\n"
     here = run(app, ["models", str(checkpoint("olmo2"))])
-    assert here.exit_code == 0 and here.output.startswith("fallback: one of those in tests")
+    assert here.exit_code == 0 and here.output.startswith("fallback: OLMo 2, in the tests; a trial run")
     gone = run(app, ["models", str(tmp_path / "gone")])
     assert gone.exit_code == 1 and gone.output.startswith("refused: ")
     for name in ("smol", "tiny-llava"):
