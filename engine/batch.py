@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..kernels.native import RaggedGroup, RaggedSequence
 from ..kernels.paged_attention import DecodeGroup, LayerKV, SequenceSpan, Span, causal_mask
 from ..kernels.ragged import RaggedTables
 from .kv_pages import PagePool
-from .models.fused import FusedGroup
+from .models.fused import FusedGroup, FusedPart
 from .models.model import Backbone
 from .scheduler import Work
 from .sequence import Sequence
@@ -53,19 +55,15 @@ class Group:
 
     @cached_property
     def fused(self) -> FusedGroup:
-        works = self.works
-        both_ways = any(
-            work.rows > 1 and work.sequence.whole_images and any(work.sequence.images_between(work.start, work.stop))
-            for work in works
-        )
-        return FusedGroup(
-            self.start,
-            self.stop,
-            self.layers,
-            self.write_rows,
-            _tables(works, self.write_rows.device),
-            self.spans if both_ways else None,
-        )
+        decoding = sum(work.rows == 1 for work in self.works)  # which stand first
+        device = self.write_rows.device
+        parts, start = [], 0
+        for works in (self.works[:decoding], self.works[decoding:]):
+            if works:
+                stop = start + sum(work.rows for work in works)
+                parts.append(FusedPart(start, stop, _tables(works, device), _sees(works, device)))
+                start = stop
+        return FusedGroup(self.start, self.stop, self.layers, self.write_rows, parts)
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,13 @@ def build_batch(works: list[Work], pool: PagePool, device: torch.device) -> Batc
             adapters += [-1] * base + [-1 if index is None else index] * (work.rows - base)
             if work.finishes and sequence.wants_logits:
                 logit_rows += range(begin + work.length - 1, len(tokens))
-        rows = torch.tensor(write_rows, device=device)
+        rows = sent(write_rows, torch.long, device)
         groups.append(Group(depth, start, len(tokens), members, pool.layers(layout), rows))
     return Batch(
-        torch.tensor(tokens, device=device),
-        _positions(positions, grids).to(device),
+        sent(tokens, torch.long, device),
+        sent(_positions(positions, grids), torch.long, device),
         groups,
-        torch.tensor(logit_rows, device=device, dtype=torch.long),
+        sent(logit_rows, torch.long, device),
         {layer: _slots(len(tokens), parts, device) for layer, parts in pooled.items()},
         _active(adapters, works[0].sequence.model.backbone, device) if max(adapters) >= 0 else None,
     )
@@ -156,25 +154,46 @@ def _slots(rows: int, parts: list[tuple[int, int, int]], device: torch.device) -
     slots = [-1] * rows
     for first, last, slot in parts:
         slots[first:last] = [slot] * (last - first)
-    return torch.tensor(slots, device=device)
+    return sent(slots, torch.long, device)
+
+
+def sent(numbers: Many[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers on a device. On a GPU nothing waits for it, as it would for what is not pinned: for
+    the copy, and for all that was launched before."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _tables(works: list[Work], device: torch.device) -> RaggedTables:
     pages = [[page.row for page in work.sequence.table.pages] for work in works]
     width = max(map(len, pages))
     lengths = [work.start + work.rows for work in works]
-
-    def table(numbers: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
-
+    first_row = list(accumulate((work.rows for work in works), initial=0))
     return RaggedTables(
-        first_row=table(list(accumulate((work.rows for work in works), initial=0))),
-        length=table(lengths),
-        pages=table([rows + [0] * (width - len(rows)) for rows in pages]),
+        first_row=sent(first_row, torch.int32, device),
+        length=sent(lengths, torch.int32, device),
+        pages=sent([rows + [0] * (width - len(rows)) for rows in pages], torch.int32, device),
         page_size=works[0].sequence.table.layout.tokens_per_page,
         max_rows=max(work.rows for work in works),
         max_length=max(lengths),
     )
+
+
+def _sees(works: list[Work], device: torch.device) -> Tensor | None:
+    """How many tokens each row sees, where rows of an image see those behind them, too; None where none does."""
+    seen: list[int] = []
+    both_ways = False
+    for work in works:
+        sequence, start, stop = work.sequence, work.start, work.start + work.rows
+        own = list(range(start + 1, stop + 1))
+        for placed in sequence.images_between(start, stop) if sequence.whole_images else ():
+            rows = [placed.start + at for at in (placed.image.place.rows >= 0).nonzero().flatten().tolist()]
+            both_ways = True
+            for row in rows:
+                if start <= row < stop:
+                    own[row - start] = rows[-1] + 1
+        seen += own
+    return sent(seen, torch.int32, device) if both_ways else None
 
 
 def _spans(works: list[Work], window: int | None, device: torch.device) -> list[Span]:

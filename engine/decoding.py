@@ -7,8 +7,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from itertools import product, starmap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import product
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +18,22 @@ from torch import Tensor
 from ..kernels.paged_attention import LayerKV
 from ..kernels.ragged import RaggedTables
 from ..kernels.sampling import SamplingRows
+from .batch import sent
+from .errors import DoesNotFit
 from .kv_pages import KVLayout
-from .models.fused import FusedGroup, RowAdapters, Stacks
+from .models.fused import FusedGroup, FusedPart, RowAdapters, Stacks
 from .models.language_model import LanguageModel
 from .sequence import BlockTable, Sequence
 
 if TYPE_CHECKING:
     from .scheduler import Work
+
+
+class Graph(Protocol):
+    """A step as the device has recorded it."""
+
+    def replay(self) -> None: ...
+
 
 Sampler = Callable[[Tensor, SamplingRows], Tensor]
 """(logits [n, vocab], rows) -> ids [n] int32, -1 where a row holds no numbers to choose by."""
@@ -63,8 +73,11 @@ class Shapes:
         self.adapted = (False, True) if adapters else (False,)
 
     def all(self) -> list[Shape]:
-        """Largest first, so that the memory of the first graph is enough for the others."""
-        return list(starmap(Shape, product(self.rows[::-1], self.lengths[::-1], self.taps, self.adapted)))
+        """Those of plain answers first; the largest of a kind first, so that the memory of its graph is enough for
+        the others."""
+        kinds = product(self.taps, self.adapted)
+        sizes = list(product(self.rows[::-1], self.lengths[::-1]))
+        return [Shape(*size, *kind) for kind in kinds for size in sizes]
 
     def fitting(self, rows: int, length: int, pooled: int | None = None, adapted: bool = False) -> Shape:
         at_rows, at_length = bisect_left(self.rows, rows), bisect_left(self.lengths, length)
@@ -102,6 +115,7 @@ class _Owner(NamedTuple):
 
 
 _WIDE, _NARROW = 4, 10  # columns of 8 bytes, and of 4
+START_SECONDS = 10.0
 
 
 class Buffers:
@@ -209,7 +223,9 @@ class Decoding:
         # the host reads one while the batch behind it writes the other
         self._ids_on_host = [torch.zeros(most, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._side = 0
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, Graph | None] = {}
+        self._records = False
+        self._memory: Any = None  # that graphs share
 
     def shape_of(self, works: Many[Work]) -> Shape | None:
         """The shape of a batch; None where it is no such step, or its tokens cannot be chosen on the device."""
@@ -238,6 +254,8 @@ class Decoding:
     def run(self, shape: Shape, batch: Many[Row]) -> Tensor:
         """Compute a batch and choose its tokens, [rows of the batch] int32 on the host, there when the device is
         done. Of two batches the host must have read the first before a third runs."""
+        if self._records and shape not in self._graphs:
+            self._record_late(shape)
         self._side ^= 1
         self._buffers.fill(self._side, batch, shape.rows)
         graph = self._graphs.get(shape)
@@ -258,17 +276,53 @@ class Decoding:
     def _sent(self, count: int) -> Tensor:
         return self._ids_on_host[self._side][:count].copy_(self.ids[:count], non_blocking=True)
 
-    def capture(self) -> None:
-        """Record a graph of every shape. Each runs first, so that its kernels are compiled and loaded."""
-        pool = torch.cuda.graph_pool_handle()
-        for shape in self.shapes.all():
-            self._buffers.fill(0, (), shape.rows)
-            for _ in range(2):
-                self._compute(shape)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                self._compute(shape)
-            self._graphs[shape] = graph
+    def capture(self, seconds: float = START_SECONDS) -> None:
+        """Run the steps of all shapes as graphs from now on. They are recorded here for about so long; whatever is
+        left, which taps, adapters and long contexts may multiply, when a batch first has that shape.
+
+        On the current stream, as `run`. Raises `DoesNotFit` where the GPU has no memory for them.
+        """
+        began = perf_counter()
+        self._records = True
+        try:
+            for shape in self.shapes.all():
+                if perf_counter() - began >= seconds:
+                    break
+                self._record(shape)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"after {len(self._graphs)} graphs of decoding steps the GPU has no memory for another; lower "
+                f"kv_bytes, or max_sequences, which is {max(self.shapes.rows)}"
+            ) from error
+
+    def _record_late(self, shape: Shape) -> None:
+        """Record a graph while a batch may be under way, whose tokens the next one may need. A shape for which there
+        is no memory runs without one."""
+        chosen = self.ids.clone()
+        torch.cuda.current_stream().synchronize()  # the host's buffers have been read
+        try:
+            self._record(shape)
+        except torch.OutOfMemoryError:
+            self._graphs[shape] = None
+        self.ids.copy_(chosen)
+
+    def _record(self, shape: Shape) -> None:
+        """Record the graph of a shape. It runs before, on rows of nobody, so that its kernels are compiled and
+        loaded, and their workspaces there."""
+        self._buffers.fill(0, (), shape.rows)
+        self._compute(shape)
+        self._graphs[shape] = self._recorded(shape)
+
+    def _recorded(self, shape: Shape) -> Graph:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Graphs of one stream never run at once, so they share their memory. What other threads do meanwhile, a
+        # detector outside or another engine, is no part of it, and no error.
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            self._compute(shape)
+        return graph
 
     def _compute(self, shape: Shape) -> None:
         """All that a step does on the device: it reads the buffers, writes `ids`, and waits for nothing."""
@@ -285,7 +339,7 @@ class Decoding:
             max_rows=1,
             max_length=shape.length,
         )
-        group = FusedGroup(0, rows, self._caches, columns.write_row, tables)
+        group = FusedGroup(0, rows, self._caches, columns.write_row, [FusedPart(0, rows, tables)])
         pooled = {} if shape.pooled is None else {shape.pooled: columns.slot}
         adapters = RowAdapters(columns.adapter, self._stacks) if shape.adapted else None
         angles = decoder.angles(columns.position)
@@ -312,7 +366,7 @@ def sampling_rows(works: Many[Work], device: torch.device) -> SamplingRows:
     params = [sequence.sampling for sequence in sequences if sequence.sampling is not None]
 
     def column(dtype: torch.dtype, numbers: list[float] | list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype).to(device)
+        return sent(numbers, dtype, device)
 
     return SamplingRows(
         column(torch.float64, [one.temperature for one in params]),

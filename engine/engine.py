@@ -91,7 +91,8 @@ class Engine:
         if self._page_size < 16 or self._page_size & (self._page_size - 1):
             raise BadInput(f"tokens_per_page must be a power of two of at least 16, not {self._page_size}")
         layouts = [item.layout(self._page_size) for item in self.models.values()]
-        self.pool = PagePool(kv_bytes or _default_kv_bytes(self.device), layouts, self.device)
+        plain = not cuda or any(item.backbone.decoder.fused is None for item in self.models.values())
+        self.pool = PagePool(kv_bytes or _default_kv_bytes(self.device), layouts, self.device, zeroed=plain)
         backbones = {id(item.backbone): item.backbone for item in self.models.values()}
         budget = max(max_batch_tokens or (8192 if cuda else 512), max_sequences)
         # One tile of a matrix unit has 16 rows; a GPU reads the weights for 64 rows as fast as for one.
@@ -238,7 +239,16 @@ class Engine:
 
         On the CPU a batch has ended when it is launched, so lanes run one after another. On a GPU they run beside
         each other, and a decoding step is launched before the tokens of the one in front of it are known here.
+
+        Raises `DeviceLost` where the GPU has failed; no later step runs then.
         """
+        try:
+            return self._step()
+        except RuntimeError:  # of a batch in flight, which nobody can take in
+            self.runner.check_device()
+            raise
+
+    def _step(self) -> list[Reply]:
         driver = self.driver
         driver.finished = []
         driver.collect()
@@ -267,7 +277,8 @@ class Engine:
         self.driver.begun(works)
         try:
             result = self.runner.run(lane, works)
-        except Exception as error:  # the batch is lost, the engine is not
+        except Exception as error:  # the batch is lost; the engine is not, or says so
+            self.runner.check_device()
             self.driver.lost(works, error)
             return False
         lane.flights.append(Flight(works, result, began, self.runner.vision_seconds - vision))
@@ -290,7 +301,8 @@ class Engine:
                     self.scheduler.advance(work)
                 self.driver.expire()  # a result that comes too late is none
                 self.driver.deliver(lane, result, flight.dropped)
-            except Exception as error:  # the batch is lost, the engine is not
+            except Exception as error:  # as above
+                self.runner.check_device()
                 self.driver.lost(works, error)
         return landed
 

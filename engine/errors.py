@@ -157,6 +157,10 @@ class EngineStopped(Unavailable):
     """The engine is shutting down, or the thread that steps it has died."""
 
 
+class DeviceLost(Unavailable):
+    """The GPU has failed, and computes nothing more for this process: only a new one helps."""
+
+
 class ReplicaLost(Unavailable):
     """The process that was answering has died, and what it had said cannot be taken back or said anew."""
 

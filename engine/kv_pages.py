@@ -119,11 +119,12 @@ class _Slab:
 class PagePool:
     """The arena and who owns which part of it.
 
-    kv_bytes: size of the arena in bytes. layouts: every layout that will be used. Raises `DoesNotFit` when the
-    arena cannot give each layout one slab.
+    kv_bytes: size of the arena in bytes. layouts: every layout that will be used. zeroed: whether pages are zeroed
+    before they are given out, which attention in plain torch needs. Raises `DoesNotFit` when the arena cannot give
+    each layout one slab, or is more than the device has left.
     """
 
-    def __init__(self, kv_bytes: int, layouts: Iterable[KVLayout], device: torch.device) -> None:
+    def __init__(self, kv_bytes: int, layouts: Iterable[KVLayout], device: torch.device, zeroed: bool = True) -> None:
         self.layouts = list(dict.fromkeys(layouts))
         # Slabs begin at a whole row of every layout, so that a token's place is one number per layout.
         unit = math.lcm(*(layout.row_bytes for layout in self.layouts))
@@ -136,11 +137,14 @@ class PagePool:
                 f"kv_bytes={kv_bytes:,} is too small: {len(self.layouts)} layouts need at least "
                 f"{len(self.layouts) * self.slab_bytes:,} bytes"
             )
-        self.arena = torch.empty(count * self.slab_bytes, dtype=torch.uint8, device=device)
+        try:
+            self.arena = torch.empty(count * self.slab_bytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(f"kv_bytes={kv_bytes:,} is more than {device} has left") from error
         prefer(self.arena)
-        # On the CPU sequences of unequal length are read in one call, the shorter ones up to the end of their last
-        # page behind a mask; a mask does not stop a NaN, so the rest of a page must hold numbers.
-        self._zero_fresh = device.type == "cpu"
+        # Plain torch reads sequences of unequal length in one call, the shorter ones up to the end of their last page
+        # behind a mask; a mask does not stop a NaN, so the rest of a page must hold numbers.
+        self._zero_fresh = zeroed
         self.slabs: list[_Slab | None] = [None] * count
         self._all_rows = {layout: self._rows(layout) for layout in self.layouts}
         self._views = {layout: self._layer_views(layout) for layout in self.layouts}

@@ -20,8 +20,9 @@ from ..kernels.lora import ActiveAdapters
 from ..kernels.operations import Operations
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.pooled_logit import pool_add
-from .batch import Batch, Group, build_batch, in_batch_order
+from .batch import Batch, Group, build_batch, in_batch_order, sent
 from .decoding import Decoding, Row, Shapes
+from .errors import DeviceLost
 from .kv_pages import PagePool
 from .models.fused import FusedLayers, RowAdapters
 from .models.heads import IN_CONTEXT, Head
@@ -92,18 +93,24 @@ class ModelRunner:
             for lane in lanes
         }
         device = lanes[0].backbone.decoder.device
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self.ahead = 2 if self._cuda else 1
         self._streams: dict[int, torch.cuda.Stream] = {}
         if self._cuda:
             for lane in lanes:  # where both want the device, the answers' lane goes before those of their guards
                 self._streams[id(lane)] = torch.cuda.Stream(device, priority=-1 if lane is lanes[0] else 0)
             torch.cuda.synchronize(device)  # weights and sums are there before other streams read them
-        self._decoding = {id(lane): found for lane in lanes if (found := self._decoding_of(lane, models)) is not None}
+        self._decoding: dict[int, Decoding] = {}
+        for lane in lanes:
+            with self.on(lane):
+                decoding = self._decoding_of(lane, models)
+            if decoding is not None:
+                self._decoding[id(lane)] = decoding
 
     @torch.inference_mode()
     def _decoding_of(self, lane: Lane, models: Mapping[str, Model]) -> Decoding | None:
-        """What runs a lane's decoding steps, where layers are fused; on a GPU with its graphs."""
+        """What runs a lane's decoding steps, where layers are fused; on a GPU with its graphs, made on the current
+        stream."""
         decoder = lane.backbone.decoder
         mine = [model for model in models.values() if model.backbone is lane.backbone]
         whole = [model for model in mine if model.depth == decoder.depth]
@@ -123,8 +130,7 @@ class ModelRunner:
             decoder.fused.stacks(adapters),
         )
         if self._cuda and operations.backend == "triton":
-            with self.on(lane):
-                decoding.capture()
+            decoding.capture()
         return decoding
 
     def on(self, lane: Lane) -> AbstractContextManager[object]:
@@ -152,6 +158,15 @@ class ModelRunner:
             raise
         self.seconds += perf_counter() - began
         return result
+
+    def check_device(self) -> None:
+        """Raises `DeviceLost` where the GPU fails, whatever it is asked: after some errors none of its memory can be
+        read, and no kernel launched, until the process has ended."""
+        if self._cuda:
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError as error:
+                raise DeviceLost(f"the GPU has failed, and the engine with it: {error}") from error
 
     def decodes(self, lane: Lane, works: list[Work]) -> bool:
         """Whether `run` can take these works before it is known which tokens they compute."""
@@ -280,8 +295,8 @@ def _begin_sum(work: Work, sums: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _DeepFeatures:
-    """What images add to the output of the first layers (DeepStack, Meng et al. 2024): parts of (rows of the batch,
-    [layers, rows, hidden])."""
+    """What images add to the output of the first layers (DeepStack, Meng et al. 2024): parts of (rows of the batch in
+    their order, on the host; [layers, rows, hidden])."""
 
     parts: list[tuple[Tensor, Tensor]]
 
@@ -293,8 +308,8 @@ class _DeepFeatures:
         """Add to x, the output of `layer`, in place."""
         if layer < self.layers:
             for rows, features in self.parts:
-                here = rows < len(x)  # sequences that end at a lower layer have left
-                x[rows[here]] += features[layer, here]
+                here = rows[rows < len(x)]  # sequences that end at a lower layer have left
+                x[sent(here, torch.long, x.device)] += features[layer, : len(here)]
 
 
 def _place_features(x: Tensor, works: list[Work], fused: FusedLayers | None) -> _DeepFeatures:
@@ -306,12 +321,13 @@ def _place_features(x: Tensor, works: list[Work], fused: FusedLayers | None) -> 
             first, stop = max(work.start, placed.start), min(work.stop, placed.stop)
             wanted = placed.image.place.rows[first - placed.start : stop - placed.start]
             rows = (wanted >= 0).nonzero().squeeze(1)
-            features = work.sequence.features[placed.image.key][:, wanted[rows]]
+            features = work.sequence.features[placed.image.key][:, sent(wanted[rows], torch.long, x.device)]
             rows += row + first - work.start
+            there = sent(rows, torch.long, x.device)
             if fused is not None:
-                fused.operations.scatter_features(x, rows.to(x.device), features[0])
+                fused.operations.scatter_features(x, there, features[0])
             else:
-                x[rows] = features[0]
+                x[there] = features[0]
             if len(features) > 1 and len(rows):
                 deep.append((rows, features[1:]))
         row += work.rows
@@ -343,7 +359,7 @@ def _layers(
         adapted = None
         if adapters is not None:
             stacks = decoder.fused.stacks([item.updates for item in backbone.adapters])
-            adapted = RowAdapters(adapters.adapter.to(x.device), stacks)
+            adapted = RowAdapters(sent(adapters.adapter, torch.long, x.device), stacks)
         decoder.fused.run(first, last, x, angles, [group.fused for group in groups], adapted, pooled, sums)
         return x
     for layer in range(first, last):
@@ -425,8 +441,11 @@ def _heads_at_once(group: Group, x: Tensor, sums: Tensor, operations: Operations
         # the layers have added its rows already: none are left to be added from here on
         starts.append(last + 1 - group.start if summed else -1)
         slots.append(sequence.pool_slot or 0)
-    count, start, slot = (torch.tensor(column, dtype=torch.int32).to(x.device) for column in (counts, starts, slots))
-    rows, first_row = x[group.start : group.stop], group.fused.tables.first_row
+    firsts = list(accumulate((work.rows for work in group.works), initial=0))
+    first_row, count, start, slot = (
+        sent(column, torch.int32, x.device) for column in (firsts, counts, starts, slots)
+    )
+    rows = x[group.start : group.stop]
     return {
         head: operations.pooled_head(
             *(rows, first_row, count, start, slot, sums, head.weight, head.bias, head.norm_weight, head.norm_eps),

@@ -75,17 +75,19 @@ def paged_attention(
     cap: float | None = None,
     kv_scale: Tensor | None = None,
     out: Tensor | None = None,
+    sees: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [rows, heads, head_dim] over each sequence's pages -> [rows, heads * head_dim].
 
     A sequence's rows are the last of its context. Rows of no sequence come out as zeros. window: tokens that a query
-    sees, itself included. cap, kv_scale: as of `kernels.paged_attention` and `rope_write`.
+    sees, itself included. cap, kv_scale: as of `kernels.paged_attention` and `rope_write`. sees: [rows] int32, how
+    many tokens of its context, from the first on, a row sees, where not those up to itself.
     """
     if kv_scale is not None:
         wide = (cache.kv.float() * kv_scale[:, None, None]).to(q.dtype)
         keys, values = wide.chunk(2)
         cache = LayerKV(wide, keys.unsqueeze(0), values.unsqueeze(0))
-    spans = spans_of(tables, window)
+    spans = spans_of(tables, window, sees)
     result = q.new_zeros(len(q), q.shape[1] * q.shape[2]) if out is None else out.zero_()
     if spans:
         found = attend(q, cache, spans, scale, cap)
@@ -93,7 +95,7 @@ def paged_attention(
     return result
 
 
-def spans_of(tables: RaggedTables, window: int | None) -> list[SequenceSpan]:
+def spans_of(tables: RaggedTables, window: int | None, sees: Tensor | None = None) -> list[SequenceSpan]:
     """What the tables say, in the form of the plain path."""
     first_row, size = tables.first_row.tolist(), tables.page_size
     spans = []
@@ -114,6 +116,11 @@ def spans_of(tables: RaggedTables, window: int | None) -> list[SequenceSpan]:
             else:
                 runs.append((row, high - low))
         mask = causal_mask(count, length - first, window, tables.length.device) if count > 1 else None
+        if sees is not None and count > 1:
+            key = torch.arange(first, length, device=sees.device)
+            mask = key < sees[start : start + count, None]
+            if window is not None:
+                mask &= key > torch.arange(length - count, length, device=sees.device)[:, None] - window
         spans.append(SequenceSpan(start, count, tuple(runs), mask))
     return spans
 

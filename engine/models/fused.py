@@ -5,7 +5,7 @@ The same operations in plain torch make it run anywhere; `Decoder.block` says wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.lora import LoraStack, LowRank, Updates, stacked
 from ...kernels.operations import Operations
-from ...kernels.paged_attention import LayerKV, Span, paged_attention
+from ...kernels.paged_attention import LayerKV
 from ...kernels.pooled_logit import pool_add
 from ...kernels.ragged import RaggedTables
 
@@ -54,20 +54,33 @@ def _wide(updates: Updates, layer: int) -> LowRank | None:
     return LowRank(torch.cat((gate.a, up.a), 1), torch.block_diag(gate.b, up.b))
 
 
+class FusedPart(NamedTuple):
+    """The rows [start, stop) of a group that attend in one launch: decoding ones, which share out their contexts to
+    many programs, or those of chunks, which share what they read.
+
+    tables: who attends to what; their rows count from `start`. sees: [stop - start] int32, how many tokens of its
+    context, from the first on, a row sees, where images see their own tokens in both directions; None: those up to
+    itself.
+    """
+
+    start: int
+    stop: int
+    tables: RaggedTables
+    sees: Tensor | None = None
+
+
 class FusedGroup(NamedTuple):
     """The rows [start, stop) of a batch, whose keys and values lie in one layout.
 
     caches: a view for every layer that runs. write_rows: [stop - start], where keys and values go, -1 for nowhere.
-    tables: who attends to what; their rows count from `start`. spans: the same for layers with a window, where
-    tables cannot say it (images that see their own tokens in both directions).
+    parts: they cover all rows in order; their rows count from the group's first.
     """
 
     start: int
     stop: int
     caches: Sequence[LayerKV]
     write_rows: Tensor
-    tables: RaggedTables
-    spans: Callable[[int | None], Sequence[Span]] | None = None
+    parts: Sequence[FusedPart]
 
 
 class FusedLayers:
@@ -150,9 +163,12 @@ class FusedLayers:
         qkv, (cos, sin) = qkv[rows], (side[rows] for side in angles)
         operations.rope_write(qkv, cos, sin, cache, group.write_rows, layer.q_norm, layer.k_norm, config.norm_eps)
         queries = qkv[:, : config.heads]
-        if group.spans is not None:
-            return paged_attention(queries, cache, group.spans(window), scale, cap)
-        return operations.paged_attention(queries, cache, group.tables, scale, window, cap)
+        out = queries.new_empty(len(queries), config.heads * config.head_dim)
+        for start, stop, tables, sees in group.parts:
+            operations.paged_attention(
+                *(queries[start:stop], cache, tables, scale, window, cap), sees=sees, out=out[start:stop]
+            )
+        return out
 
     def _mlp(self, index: int, h: Tensor, adapters: RowAdapters | None) -> Tensor:
         """What the MLP adds, [rows, hidden], to rows whose normed input is h."""

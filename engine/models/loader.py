@@ -616,5 +616,7 @@ def _dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.bfloat16
+        able = torch.cpu._is_avx512_bf16_supported()
+    else:
+        able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if able else torch.float32

@@ -56,7 +56,8 @@ def between(engine: Engine, change: Callable[[Run, Lane, list[Work]], StepResult
 
 
 def force(engine: Engine, targets: Mapping[int, Sequence[int]]) -> None:
-    """The MLLM's first answer to a request (by id) begins with these tokens: their logits become the largest."""
+    """The MLLM's first answer to a request (by id) begins with these tokens: their logits become the largest, or they
+    take the places of those that were chosen."""
 
     @torch.inference_mode()
     def forced(run: Run, lane: Lane, works: list[Work]) -> StepResult:
@@ -67,7 +68,9 @@ def force(engine: Engine, targets: Mapping[int, Sequence[int]]) -> None:
             target = targets.get(sequence.order[0], ()) if sequence.draw == 0 and sequence.sampling else ()
             for ahead in range(1 + len(work.drafts)):
                 at = sequence.num_tokens - sequence.prompt_tokens + ahead
-                if at < len(target) and result.logits is not None:
+                if at < len(target) and result.ids is not None:  # chosen already, on the device
+                    result.ids[row] = target[at]
+                elif at < len(target) and result.logits is not None:
                     result.logits[row, target[at]] = 1e6
                 row += 1
         return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from stockade.engine.decoding import Decoding, Row, Shape, Shapes
 from stockade.engine.engine import Engine
+from stockade.engine.errors import DoesNotFit
 from stockade.engine.models.attached import AttachedAdapter
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.sampling import SamplingParams, sample_ids
@@ -62,7 +65,8 @@ def test_shapes_are_few_and_cover_every_batch() -> None:
     assert shapes.fitting(9, 1025, 2) == Shape(16, 4096, 2)
     assert shapes.fitting(100, 5000, None) == Shape(100, 5000, None)
     every = shapes.all()
-    assert every[0][:2] == (100, 5000) and len(every) == len(set(every)) == 13 * 3 * 2
+    assert every[0] == (100, 5000, None, False) and len(every) == len(set(every)) == 13 * 3 * 2
+    assert {shape.pooled for shape in every[: 13 * 3]} == {None}  # those of plain answers first
     assert Shapes(1, 512).all() == [Shape(1, 512)]
     assert Shapes(1, 512, adapters=True).all() == [Shape(1, 512), Shape(1, 512, None, True)]
 
@@ -158,6 +162,59 @@ def test_rows_without_numbers_have_no_token_and_others_are_as_they_were() -> Non
     ids = sample_ids(logits, rows).tolist()
     assert ids[:2] == [int(logits[0].argmax()), -1]
     assert ids[2] in logits[2].topk(5).indices.tolist()
+
+
+class Recorded(NamedTuple):
+    """What stands for a graph on a CPU: the step, done again."""
+
+    replay: Callable[[], None]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """The shapes that were recorded; there is memory for five."""
+    recorded: list[Shape] = []
+
+    def record(decoding: Decoding, shape: Shape) -> Recorded:
+        if len(recorded) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        recorded.append(shape)
+        return Recorded(partial(decoding._compute, shape))
+
+    monkeypatch.setattr(Decoding, "_recorded", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    return recorded
+
+
+def test_graphs_are_recorded_for_a_while_and_then_as_batches_come(models: ModelSet, graphs: list[Shape]) -> None:
+    engine, works = started(models, SEEDED)
+    decoding = decoding_of(engine)
+    decoding.capture(0.0)
+    assert not graphs
+    rows = [Row(work.sequence, work.start, work.tokens[0], -1) for work in works]
+    shape = decoding.shape_of(works)
+    assert shape is not None
+    plain = decoding_of(started(models, SEEDED)[0]).run(shape, rows)
+    decoding.ids.fill_(77)
+    before = decoding.ids.clone()
+    assert decoding.run(shape, rows).tolist() == plain.tolist()
+    assert graphs == [shape] and decoding.ids[1:].equal(before[1:])  # what a batch under way chose is still there
+    assert decoding.run(shape, rows).tolist() == plain.tolist() and len(graphs) == 1
+
+
+def test_a_graph_too_many_is_an_error_at_first_and_done_without_later(models: ModelSet, graphs: list[Shape]) -> None:
+    decoding = decoding_of(engine_of(models))
+    with pytest.raises(DoesNotFit, match=r"after 5 graphs .* lower kv_bytes, or max_sequences, which is 128"):
+        decoding.capture()
+    assert graphs == decoding.shapes.all()[:5]
+    engine, works = started(models, SEEDED)
+    decoding = decoding_of(engine)
+    decoding.capture(0.0)
+    rows = [Row(work.sequence, work.start, work.tokens[0], -1) for work in works]
+    shape = decoding.shape_of(works)
+    assert shape is not None and shape not in graphs
+    chosen = [decoding.run(shape, rows).tolist() for _ in range(2)]
+    assert chosen[0] == chosen[1] and decoding._graphs == {shape: None}
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "gemma3", "granite"])

@@ -189,6 +189,7 @@ def test_equal_weights_under_other_rotary_settings_share_no_pages(
     swapped = {"mllm": models.models["detoxifier"], "detoxifier": models.models["mllm"]}
     first, second = new(models), new(ModelSet(swapped, models.device, models.dtype))
     second.pool = second.scheduler.pool = second.runner.pool = first.pool
+    second.runner._decoding.clear()  # which knows the pool it had
     prompt = prompts(10)[9]
     for engine, source in ((first, checkpoint("llama-gqa")), (second, folder)):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

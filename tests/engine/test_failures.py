@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from stockade.engine.images import ImageLimits
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.passes import Answer, Choose, Decision, Generate, Score
 from stockade.engine.request import FinishReason, Outcome
+from stockade.engine.runner import Arrival
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
 
@@ -59,7 +62,9 @@ class Custom:
 
 
 def fail_once(engine: Engine, monkeypatch: pytest.MonkeyPatch, model: str, method: str, after: int = 0) -> None:
-    decoder = engine.models[model].backbone.decoder
+    decoder: Any = engine.models[model].backbone.decoder
+    if method == "block" and decoder.fused is not None:
+        decoder, method = decoder.fused, "run"
     real, calls = getattr(decoder, method), iter(range(1000))
 
     def failing(*given: Any) -> Any:
@@ -123,9 +128,36 @@ def test_logits_that_are_not_numbers_end_their_own_request_only(
 
 def test_an_error_while_tokens_are_handed_out_ends_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stockade.engine.answers.sample", lambda logits, rows: 1 / 0)
-    reply = engine.chat(["One"], sampling=SHORT)[0]
+    reply = engine.chat(["One"], sampling=replace(SHORT, logprobs=0))[0]
     assert reply.error == "ZeroDivisionError: division by zero"
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("when", ["launched", "landed", "in flight"])
+def test_a_gpu_that_fails_ends_the_engine_and_says_so(
+    models: ModelSet, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """After an illegal access nothing of this process runs on the GPU any more: to fail one request after the other
+    would keep a server in use that answers none."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine = Engine(models=models, kv_bytes=16 << 20, tokens_per_page=16)
+    engine.runner._cuda = True
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=broken))
+    if when == "launched":
+        monkeypatch.setattr(engine.models["mllm"].backbone.decoder, "embed", broken)
+    else:
+        engine.runner._arrival = lambda scores: Arrival(event, None, [])  # type: ignore[method-assign]
+        event: Any = SimpleNamespace(query=broken if when == "in flight" else lambda: True, synchronize=broken)
+    request = engine.submit("One", guard=Guard.protector(template="response"), sampling=SHORT)
+    for _ in range(2):
+        with pytest.raises(errors.DeviceLost, match=r"the GPU has failed.*illegal memory access"):
+            engine.step()
+    reply = engine.abort(request.id)
+    assert (reply.outcome, reply.text) == (Outcome.REFUSED, "")
 
 
 def test_nan_weights_of_a_detector_are_harmful(checkpoint: Callable[[str], Path]) -> None:

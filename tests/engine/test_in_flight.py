@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
+from stockade.engine.decoding import Decoding, Shape
 from stockade.engine.engine import Engine
 from stockade.engine.flight import Flight
 from stockade.engine.guards import Detoxify, Guard, HarmHead, Probe, Refuse
@@ -150,6 +152,25 @@ def test_steps_are_launched_ahead_and_rows_for_nothing_leave_no_trace(models: Mo
     assert [told(reply) for reply in answers(flying.engine, asked)] == want
     assert flying.guesses > 10
     assert flying.engine.pool.cached_pages == plain.pool.cached_pages
+
+
+def test_graphs_recorded_while_batches_fly_change_no_token(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording one runs rows of nobody over the buffers that the next batch reads the last one's tokens from."""
+    asked = [(length, SAMPLINGS[index], None) for index, length in ((2, 10), (3, 20), (4, 40))]
+    want = [told(reply) for reply in answers(engine_of(models), asked)]
+    recorded = []
+
+    def record(decoding: Decoding, shape: Shape) -> Any:
+        recorded.append(shape)
+        return SimpleNamespace(replay=lambda: decoding._compute(shape))
+
+    monkeypatch.setattr(Decoding, "_recorded", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    flying = Watched(engine_of(models))
+    for decoding in flying.engine.runner._decoding.values():
+        decoding.capture(0.0)
+    assert [told(reply) for reply in answers(flying.engine, asked)] == want
+    assert flying.guesses > 10 and len(set(recorded)) == len(recorded) > 1
 
 
 def test_recorded_steps_of_a_lane_follow_each_other(models: ModelSet) -> None:

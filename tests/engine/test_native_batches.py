@@ -16,13 +16,14 @@ from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.passes import Generate, Score, Scored
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
-from stockade.kernels import native
+from stockade.kernels import backend, native
 from tests.conftest import BASE, save_tokenizer, scatter_norms
 from tests.engine.screened import asking, detector_on, engine_of, finish, head, submit, with_models
 from tests.models.test_attached import INVOCATION, save_lora
 
 LIBRARY = native.load(default_cache())
-needs_native = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
+WITHOUT = LIBRARY if isinstance(LIBRARY, str) else backend.asked() and f"{backend.VARIABLE} asks for others"
+needs_native = pytest.mark.skipif(WITHOUT is not None, reason=f"native kernels: {WITHOUT}")
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
 STEPS = [
     *(Generate(name, tuple(range(5, 155)), sampling=SHORT) for name in ("mllm", "tuned")),
