@@ -1,8 +1,9 @@
 """Everything that is to be known of the CUDA path, in one command, in less than ten minutes on one GPU.
 
-`python -m stockade.bench.gpu --out DIR` tests the kernels on the device, measures them and whole models of random
-weights, and writes a document, a table and pictures. `--tiny` does the same in seconds without a GPU, to show that it
-works; its figures mean nothing.
+`python -m stockade.bench.gpu --out DIR` measures the kernels and whole models of random weights, then tests both on
+the device in the time that is left, and writes a document, a table and pictures: the first two again after every
+part, and what a part found before it failed is in them. `--tiny` does the same in seconds without a GPU, to show that
+it works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -26,14 +29,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..doctor import cores
 from .document import Document, Session
 from .gpu_kernels import decode_attention, fusions, pooled_head, prefill_attention
 from .gpu_models import beside_detection, beside_transformers, decode_steps
 from .gpu_parts import TINY, Figure, Measure, Sizes
-from .report import WrongPath
 
 ROOT = Path(__file__).parents[1]
 WHOLE = 570.0  # seconds of everything
+LEAST = 10.0  # of a part
+PART_FILE = "part.json"
 
 
 class Part(NamedTuple):
@@ -44,96 +49,135 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """figures: of a part; failed: why there are none."""
+    """figures: of a part; failed: why there are none, or no more."""
 
     figures: list[Figure]
     failed: str | None = None
 
 
-def kernel_tests(sizes: Sizes, device: torch.device) -> list[Figure]:
-    """How many tests pass, and fail, in a process of their own. Raises `WrongPath` where one fails or none ran."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sizes.tests]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=sizes.tests_seconds, env=environment()
-        )
-    except subprocess.TimeoutExpired:
-        raise WrongPath(f"the tests were not done after {sizes.tests_seconds} s") from None
-    found = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    if done.returncode or not found.get("passed"):
-        raise WrongPath(f"{found or 'no tests ran'}: {' / '.join((done.stdout + done.stderr).splitlines()[-12:])}")
-    return [Figure("tests", what, count, "") for what, count in found.items()]
-
-
 PARTS = {
-    "tests": Part(kernel_tests, 230.0),
     "fusions": Part(fusions, 60.0),
     "decode attention": Part(decode_attention, 60.0),
     "prefill attention": Part(prefill_attention, 60.0),
     "pooled head": Part(pooled_head, 40.0),
-    "decode steps": Part(decode_steps, 120.0),
+    "decode steps": Part(decode_steps, 150.0),  # the first to compile what models need
     "beside transformers": Part(beside_transformers, 120.0),
     "detection": Part(beside_detection, 120.0),
 }
+TESTS = "tests"  # the last part
+
+
+def run_tests(sizes: Sizes, limit: float) -> Outcome:
+    """How many tests pass, and fail, in processes of their own, in at most `limit` seconds."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *sizes.tests]
+    # not the options of the tests' own file, whose plugins may be missing here
+    command += ["--override-ini", "addopts=--import-mode=importlib"]
+    if find_spec("xdist") is not None and sizes is not TINY:  # most of the time kernels are compiled
+        command += ["-n", str(min(8, max(1, cores() // 2)))]
+    with TemporaryFile("w+", encoding="utf-8") as told:
+        try:
+            done = subprocess.run(command, cwd=ROOT, stdout=told, stderr=told, timeout=limit, env=environment())
+            code: int | None = done.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        told.seek(0)
+        text = told.read()
+    if code is None:
+        counts = Counter(re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", text))
+        found = {what.lower(): count for what, count in counts.items()}
+    else:
+        found = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
+    figures = [Figure(TESTS, what, count, "") for what, count in found.items()]
+    if code is None:
+        return Outcome(figures, f"not done after {limit:.0f} s")
+    if code or not found.get("passed"):
+        return Outcome(figures, f"pytest ended with {code}: {' / '.join(text.splitlines()[-12:])}")
+    return Outcome(figures)
 
 
 def environment() -> dict[str, str]:
-    """Of a process that runs a part: kernels compiled on a GPU, and interpreted without one."""
+    """Of a process that runs a part: kernels compiled on a GPU, and interpreted without one; it finds this package
+    where it is started in another folder, too."""
     known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT.parent)] if ROOT.name == "stockade" else []
+    paths += [os.path.abspath(path) for path in known.get("PYTHONPATH", "").split(os.pathsep) if path]
+    known["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return known if torch.cuda.is_available() else {**known, "TRITON_INTERPRET": "1"}
 
 
-def measure_here(name: str, sizes: Sizes) -> Outcome:
-    """A part in this process; whatever is wrong with it is said, and goes no further."""
+def measure_here(name: str, sizes: Sizes, file: Path | None = None) -> Outcome:
+    """A part in this process; whatever is wrong with it is said, and goes no further. file: told of every figure as
+    soon as there is one."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    outcome = Outcome([])
     try:
         with torch.inference_mode():
-            figures = PARTS[name].measure(sizes, device)
+            for figure in PARTS[name].measure(sizes, device):
+                # nothing is aimed at in tiny sizes
+                outcome.figures.append(replace(figure, target=None) if sizes is TINY else figure)
+                _note(outcome._replace(failed="its process ended early"), file)
     except Exception as error:
         traceback.print_exc()
-        return Outcome([], f"{type(error).__name__}: {error}")
-    # nothing is aimed at in tiny sizes
-    return Outcome([replace(figure, target=None) for figure in figures] if sizes is TINY else figures)
+        outcome = outcome._replace(failed=f"{type(error).__name__}: {error}")
+    _note(outcome, file)
+    return outcome
+
+
+def _note(outcome: Outcome, file: Path | None) -> None:
+    if file is not None:
+        known = {"figures": [figure.to_dict() for figure in outcome.figures], "failed": outcome.failed}
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(part, file)
 
 
 def measure_apart(name: str, sizes: Sizes, limit: float) -> Outcome:
     """A part in a process of its own: if it dies, or breaks the device for its process, no other one fails."""
-    if limit < 10.0:
+    if limit < LEAST:
         return Outcome([], "no time was left")
     with TemporaryDirectory(prefix="stockade-gpu-") as folder:
-        file = Path(folder) / "part.json"
+        file = Path(folder) / PART_FILE
         command = [sys.executable, "-m", "stockade.bench.gpu", "--here", "--part", name, "--out", folder]
+        failed = None
         try:
             done = subprocess.run(
                 command + (["--tiny"] if sizes is TINY else []), timeout=limit, env=environment(), stdout=sys.stderr
             )
         except subprocess.TimeoutExpired:
-            return Outcome([], f"not done after {limit:.0f} s")
+            failed = f"not done after {limit:.0f} s"
         if not file.is_file():
-            return Outcome([], f"its process ended with {done.returncode}")
+            return Outcome([], failed or f"its process ended with {done.returncode}")
         known = json.loads(file.read_text(encoding="utf-8"))
-    return Outcome([Figure.of_dict(one) for one in known["figures"]], known["failed"])
+    return Outcome([Figure.of_dict(one) for one in known["figures"]], failed or known["failed"])
 
 
-def measure(names: Sequence[str], sizes: Sizes, here: bool) -> dict[str, Outcome]:
+def measure(names: Sequence[str], sizes: Sizes, here: bool) -> Iterator[tuple[str, Outcome]]:
     """Each part on its own, in turn, until the time for all is over."""
     began = monotonic()
-    outcomes = {}
     for name in names:
         left = WHOLE - (monotonic() - began)
         print(f"{name} …", file=sys.stderr, flush=True)
-        if here:
-            outcomes[name] = measure_here(name, sizes)
+        if name == TESTS:
+            yield name, run_tests(sizes, left) if left >= LEAST else Outcome([], "no time was left")
+        elif here:
+            yield name, measure_here(name, sizes)
         else:
-            outcomes[name] = measure_apart(name, sizes, min(PARTS[name].limit, left))
-    return outcomes
+            yield name, measure_apart(name, sizes, min(PARTS[name].limit, left))
 
 
-def document_of(session: Session, outcomes: dict[str, Outcome], sizes: Sizes) -> Document:
+def document_of(session: Session, outcomes: dict[str, Outcome], sizes: Sizes, names: Sequence[str] = ()) -> Document:
+    """names: parts that are still to come."""
     failed = {name: outcome.failed for name, outcome in outcomes.items() if outcome.failed}
     rows = [figure.to_dict() for outcome in outcomes.values() for figure in outcome.figures]
-    more = {"failed": failed, "triton": version("triton"), "cuda": torch.version.cuda}
-    return session.document("gpu", asdict(sizes), rows, complete=not failed, more=more)
+    more = {"failed": failed, "triton": _version("triton"), "cuda": torch.version.cuda}
+    return session.document("gpu", asdict(sizes), rows, complete=not failed and not names, more=more)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table_of(document: Document) -> Table:
@@ -155,7 +199,11 @@ def table_of(document: Document) -> Table:
 
 
 def draw(document: Document, folder: Path) -> list[Path]:
-    """How near the aims are, and how long the steps took; pictures of what there are figures of."""
+    """How near the aims are, and how long the steps took; pictures of what there are figures of. None without
+    matplotlib, which an extra brings."""
+    if find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed", file=sys.stderr)
+        return []
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -200,24 +248,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stockade.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where document, table and pictures go")
     parser.add_argument("--tiny", action="store_true", help="seconds of work, without a GPU too; it means nothing")
-    parser.add_argument("--part", action="append", choices=list(PARTS), help="only this part; may be repeated")
+    parser.add_argument("--part", action="append", choices=[*PARTS, TESTS], help="only this part; may be repeated")
     parser.add_argument("--here", action="store_true", help="all parts in this process")
     asked = parser.parse_args(arguments)
     if not asked.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU; --tiny shows that everything runs, without one")
     sizes = TINY if asked.tiny else Sizes()
-    names = asked.part or list(PARTS)
-    session = Session.begin()
-    outcomes = measure(names, sizes, asked.here)
+    names = asked.part or [*PARTS, TESTS]
     asked.out.mkdir(parents=True, exist_ok=True)
-    if asked.here and len(names) == 1:
-        outcome = outcomes[names[0]]
-        known = {"figures": [figure.to_dict() for figure in outcome.figures], "failed": outcome.failed}
-        (asked.out / "part.json").write_text(json.dumps(known), encoding="utf-8")
-    document = document_of(session, outcomes, sizes)
-    document.write(asked.out / "gpu.json")
-    with (asked.out / "gpu.txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=140, highlight=False).print(table_of(document))
+    if asked.here and len(names) == 1 and names[0] in PARTS:
+        return 1 if measure_here(names[0], sizes, asked.out / PART_FILE).failed else 0
+    session = Session.begin()
+    outcomes: dict[str, Outcome] = {}
+    for name, outcome in measure(names, sizes, asked.here):
+        outcomes[name] = outcome
+        document = document_of(session, outcomes, sizes, names[len(outcomes) :])
+        document.write(asked.out / "gpu.json")
+        with (asked.out / "gpu.txt").open("w", encoding="utf-8") as file:
+            Console(file=file, width=140, highlight=False).print(table_of(document))
     Console(highlight=False, width=140).print(table_of(document))
     draw(document, asked.out)
     return 0 if document.complete else 1

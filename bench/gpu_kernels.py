@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ def copy_bandwidth(sizes: Sizes, device: torch.device) -> float:
     return 2 * sizes.buffer / seconds([lambda: target.copy_(source)], device, sizes.repeats).median
 
 
-def fusions(sizes: Sizes, device: torch.device) -> list[Figure]:
+def fusions(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """Residual add + RMSNorm, RoPE + KV write, SwiGLU, at many rows: bytes moved against those of a copy."""
     from ..kernels.triton.add_rms_norm import add_rms_norm  # there is no Triton everywhere
     from ..kernels.triton.gated import gated
@@ -36,13 +36,13 @@ def fusions(sizes: Sizes, device: torch.device) -> list[Figure]:
 
     bandwidth = copy_bandwidth(sizes, device)
     rows, heads, dim = sizes.rows, sizes.heads, sizes.head_dim
-    figures = [Figure("fusions", "copy", bandwidth / 1e9, "GB/s")]
+    yield Figure("fusions", "copy", bandwidth / 1e9, "GB/s")
 
-    def measured(name: str, moved: int, make: Callable[[], Callable[[], object]]) -> None:
+    def measured(name: str, moved: int, make: Callable[[], Callable[[], object]]) -> Iterator[Figure]:
         took = seconds([make() for _ in range(COPIES)], device, sizes.repeats)
         rate = 2 * moved / took.median  # bf16
-        figures.append(Figure("fusions", f"{name}, {rows} tokens", rate / 1e9, "GB/s"))
-        figures.append(Figure("fusions", f"{name}, of copy", 100 * rate / bandwidth, "%", 75.0, False))
+        yield Figure("fusions", f"{name}, {rows} tokens", rate / 1e9, "GB/s")
+        yield Figure("fusions", f"{name}, of copy", 100 * rate / bandwidth, "%", 75.0, False)
 
     def norm() -> Callable[[], object]:
         x, residual, out = (_random(device, rows, sizes.hidden) for _ in range(3))
@@ -60,19 +60,17 @@ def fusions(sizes: Sizes, device: torch.device) -> list[Figure]:
         places = torch.arange(rows, device=device)
         return lambda: rope_write(qkv, *angles, cache, places)
 
-    measured("add + norm", 4 * rows * sizes.hidden, norm)
-    measured("gate", 3 * rows * sizes.ffn, gate)
-    measured("rope + write", rows * (6 * heads * dim + dim), rope)
-    return figures
+    yield from measured("add + norm", 4 * rows * sizes.hidden, norm)
+    yield from measured("gate", 3 * rows * sizes.ffn, gate)
+    yield from measured("rope + write", rows * (6 * heads * dim + dim), rope)
 
 
-def decode_attention(sizes: Sizes, device: torch.device) -> list[Figure]:
+def decode_attention(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """One query a sequence, over pages anywhere in the pool."""
     bandwidth = copy_bandwidth(sizes, device)
-    figures = [Figure("decode attention", "copy", bandwidth / 1e9, "GB/s")]
+    yield Figure("decode attention", "copy", bandwidth / 1e9, "GB/s")
     for context in sizes.contexts:
-        figures += _decode_attention(sizes, context, bandwidth, device)
-    return figures
+        yield from _decode_attention(sizes, context, bandwidth, device)
 
 
 def _decode_attention(sizes: Sizes, context: int, bandwidth: float, device: torch.device) -> list[Figure]:
@@ -100,7 +98,7 @@ def _decode_attention(sizes: Sizes, context: int, bandwidth: float, device: torc
     ]
 
 
-def prefill_attention(sizes: Sizes, device: torch.device) -> list[Figure]:
+def prefill_attention(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """A long causal prompt: pages anywhere, pages in a row, and torch without pages."""
     from ..kernels.triton.paged_attention import paged_attention
 
@@ -118,18 +116,13 @@ def prefill_attention(sizes: Sizes, device: torch.device) -> list[Figure]:
     theirs = [lambda: F.scaled_dot_product_attention(wide, keys, values, is_causal=True)]
     took["torch"] = seconds(theirs, device, sizes.repeats).median
     part = "prefill attention"
-    return [
-        *(
-            Figure(
-                part, f"{n} tokens, {name}", flops / one / 1e12, "TFLOP/s", 350.0 if name[0] == "p" else None, False
-            )
-            for name, one in took.items()
-        ),
-        Figure(part, "pages anywhere, time", 100 * took["pages anywhere"] / took["pages in a row"], "%", 110.0),
-    ]
+    for name, one in took.items():
+        target = 350.0 if name[0] == "p" else None
+        yield Figure(part, f"{n} tokens, {name}", flops / one / 1e12, "TFLOP/s", target, False)
+    yield Figure(part, "pages anywhere, time", 100 * took["pages anywhere"] / took["pages in a row"], "%", 110.0)
 
 
-def pooled_head(sizes: Sizes, device: torch.device) -> list[Figure]:
+def pooled_head(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """One row each of many sequences, summed, pooled, normed, scored and compared; against torch's operations."""
     from ..kernels.triton.pooled_head import pooled_head as kernel
 
@@ -152,10 +145,8 @@ def pooled_head(sizes: Sizes, device: torch.device) -> list[Figure]:
     ours = seconds([lambda: kernel(hidden, *tables, sums, weight, bias, norm, EPS, 0.5, out)], device, sizes.repeats)
     theirs = seconds([torchs], device, sizes.repeats)
     what = f"{n} x {width}"
-    return [
-        Figure("pooled head", what, ours.median * 1e6, "us", 10.0),
-        Figure("pooled head", f"{what}, torch's time", theirs.median / ours.median, "x", 5.0, False),
-    ]
+    yield Figure("pooled head", what, ours.median * 1e6, "us", 10.0)
+    yield Figure("pooled head", f"{what}, torch's time", theirs.median / ours.median, "x", 5.0, False)
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:

@@ -5,6 +5,7 @@ What a step takes is the time from its beginning to the next one's, so that noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from statistics import mean
 from time import perf_counter
@@ -28,10 +29,9 @@ TARGETS = {1: 3.8, 8: 4.9, 64: 13.5}  # ms of a decode step, by batch
 SPEEDUPS = {1: 5.0, 64: 2.5}  # against `transformers`, by batch
 
 
-def decode_steps(sizes: Sizes, device: torch.device) -> list[Figure]:
+def decode_steps(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """Steps that do nothing but decode, at a context that is about as long in all of them."""
     engine = Engine(sizes.model, device=device, dtype=torch.bfloat16, kv_bytes=sizes.kv_bytes)
-    figures = []
     for batch in sizes.batches:
         took: list[float] = []
         for round in range(2):  # the first warms up: compiles, captures
@@ -39,20 +39,16 @@ def decode_steps(sizes: Sizes, device: torch.device) -> list[Figure]:
             took = _decoding(engine, prompts, sizes.steps, batch)
         spread = Spread.of(took)
         target = TARGETS.get(batch)
-        figures.append(
-            Figure("decode steps", f"batch {batch}", spread.median * 1e3, "ms", target, samples=_in_ms(took))
-        )
-    return figures
+        yield Figure("decode steps", f"batch {batch}", spread.median * 1e3, "ms", target, samples=_in_ms(took))
 
 
-def beside_transformers(sizes: Sizes, device: torch.device) -> list[Figure]:
+def beside_transformers(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """New tokens a second of one text model here and in `transformers`, greedy, in turn in one run."""
     engine = Engine(sizes.text_model, device=device, dtype=torch.bfloat16, kv_bytes=sizes.kv_bytes)
     config = named_config(sizes.text_model)
     with torch.device(device):
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     theirs.generation_config.eos_token_id = None
-    figures = []
     for batch in sizes.beside:
         ratios, rates = [], []
         for round in range(sizes.rounds + 1):
@@ -62,18 +58,14 @@ def beside_transformers(sizes: Sizes, device: torch.device) -> list[Figure]:
             if round:  # the first warms up
                 ratios.append(other / own)
                 rates.append(batch * sizes.new / own)
-        figures += [
-            Figure("beside transformers", f"batch {batch}", Spread.of(rates).median, "tokens/s"),
-            Figure(
-                "beside transformers",
-                f"batch {batch}, transformers' time",
-                *(Spread.of(ratios).median, "x", SPEEDUPS.get(batch), False),
-            ),
-        ]
-    return figures
+        part, what = "beside transformers", f"batch {batch}"
+        yield Figure(part, what, Spread.of(rates).median, "tokens/s")
+        yield Figure(
+            part, f"{what}, transformers' time", Spread.of(ratios).median, "x", SPEEDUPS.get(batch), at_most=False
+        )
 
 
-def beside_detection(sizes: Sizes, device: torch.device) -> list[Figure]:
+def beside_detection(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """Decode steps of answers that nobody reads, and of such that a detector of its own weights reads along."""
     engine = Engine(sizes.model, sizes.detector, device=device, dtype=torch.bfloat16, kv_bytes=sizes.kv_bytes)
     # whatever random weights say of random text is harmless
@@ -84,13 +76,11 @@ def beside_detection(sizes: Sizes, device: torch.device) -> list[Figure]:
             took[name] = _answering(engine, some, sizes, f"{round} {name}")
     alone, beside = took["alone"], took["with a detector"]
     part = f"{sizes.answers} answers of {sizes.answer} tokens"
-    figures = []
     for name, steps in took.items():
-        figures.append(Figure("detection", f"{part}, {name}", mean(steps) * 1e3, "ms", samples=_in_ms(steps)))
-        p99 = float(np.percentile(steps, 99))
-        figures.append(Figure("detection", f"{part}, {name}, p99", p99 * 1e3, "ms"))
+        yield Figure("detection", f"{part}, {name}", mean(steps) * 1e3, "ms", samples=_in_ms(steps))
+        yield Figure("detection", f"{part}, {name}, p99", float(np.percentile(steps, 99)) * 1e3, "ms")
     slower = 100 * (mean(beside) / mean(alone) - 1)
-    return [*figures, Figure("detection", f"{part}, decode is slower by", slower, "%", 8.0)]
+    yield Figure("detection", f"{part}, decode is slower by", slower, "%", 8.0)
 
 
 def _prompts(engine: Engine, count: int, tokens: int, seed: int) -> list[list[int]]:

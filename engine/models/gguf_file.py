@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,11 +49,11 @@ _SCALARS: Mapping[int, str] = {  # GGUF's value types as struct spells them
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_PLAIN: Mapping[Any, torch.dtype] = {
-    gguf.GGMLQuantizationType.F32: torch.float32,
-    gguf.GGMLQuantizationType.F16: torch.float16,
-    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
-    gguf.GGMLQuantizationType.F64: torch.float64,
+_PLAIN: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
 }
 _CHUNK = 1 << 22  # elements dequantized at once: the package's routines make several temporaries of that size
 
@@ -235,6 +234,8 @@ class _Header:
             raise CheckpointMismatch(f"{self._path}: tensor {name!r} has {rank} dimensions; 1 to 4 are allowed")
         shape = tuple(reversed([self._scalar("Q") for _ in range(rank)]))  # GGUF names the fastest one first
         number = self._scalar("I")
+        import gguf  # only who reads such a file needs it
+
         try:
             kind = gguf.GGMLQuantizationType(number)
         except ValueError:
@@ -299,8 +300,10 @@ def _canonical(stored: str) -> str | None:
 def _dequantized(file: BinaryIO, packed: Packed, path: Path) -> Tensor:
     """The tensor in fp32, or as stored where it is not quantized. Packed bytes are read a few rows at a time."""
     file.seek(packed.offset)
-    if packed.kind in _PLAIN:
-        return torch.frombuffer(_exactly(file, packed.nbytes, path), dtype=_PLAIN[packed.kind]).view(packed.shape)
+    if plain := _PLAIN.get(packed.kind.name):
+        return torch.frombuffer(_exactly(file, packed.nbytes, path), dtype=plain).view(packed.shape)
+    import gguf
+
     columns = packed.shape[-1]
     rows = math.prod(packed.shape[:-1])
     row_bytes = packed.nbytes // rows
