@@ -31,6 +31,7 @@ from .models.vision.features import FeatureCache
 from .sampling import sample_ids
 from .scheduler import Lane, Work
 from .sequence import Sequence
+from .warm_up import warm_up
 
 IMAGES_AT_ONCE = 8
 
@@ -103,9 +104,21 @@ class ModelRunner:
         self._decoding: dict[int, Decoding] = {}
         for lane in lanes:
             with self.on(lane):
+                self._warm_up(lane, models)
                 decoding = self._decoding_of(lane, models)
             if decoding is not None:
                 self._decoding[id(lane)] = decoding
+
+    @torch.inference_mode()
+    def _warm_up(self, lane: Lane, models: Mapping[str, Model]) -> None:
+        fused = lane.backbone.decoder.fused
+        if not self._cuda or fused is None or fused.operations.backend != "triton":
+            return
+        mine = [model for model in models.values() if model.backbone is lane.backbone]
+        layout = max(mine, key=lambda model: model.depth).layout(self.pool.layouts[0].tokens_per_page)
+        heads = [model.head for model in mine if model.head is not None]
+        context = max(model.context for model in mine)
+        warm_up(lane.backbone, layout, self.pool.layers(layout), context, heads)
 
     @torch.inference_mode()
     def _decoding_of(self, lane: Lane, models: Mapping[str, Model]) -> Decoding | None:

@@ -41,12 +41,12 @@ def pooled_classes(
     """
     if norm_weight is not None:
         pooled = rms_norm_reference(pooled, norm_weight, eps)
-    logits = pooled.float() @ weight.float().t()  # [n, classes]
-    harmful = logits[:, list(harm)]
+    logits = (pooled.float() @ weight.float().t()).unbind(-1)  # of each class [n]; a list as an index would be copied
+    harmful = torch.stack([logits[label] for label in harm], -1)
     if independent:
         logit = -harmful.amax(-1)
     else:
-        harmless = logits[:, [label for label in range(weight.shape[0]) if label not in harm]]
+        harmless = torch.stack([logit for label, logit in enumerate(logits) if label not in harm], -1)
         logit = harmless.logsumexp(-1) - harmful.logsumexp(-1)
     return logit, torch.sigmoid(logit)
 

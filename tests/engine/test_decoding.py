@@ -19,6 +19,7 @@ from stockade.engine.models.attached import AttachedAdapter
 from stockade.engine.models.loader import ModelSet, load_models
 from stockade.engine.sampling import SamplingParams, sample_ids
 from stockade.engine.scheduler import Work
+from stockade.engine.warm_up import warm_up
 from stockade.kernels import backend
 from stockade.kernels.lora import LowRank
 from stockade.kernels.sampling import SamplingRows
@@ -162,6 +163,39 @@ def test_rows_without_numbers_have_no_token_and_others_are_as_they_were() -> Non
     ids = sample_ids(logits, rows).tolist()
     assert ids[:2] == [int(logits[0].argmax()), -1]
     assert ids[2] in logits[2].topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+def test_what_chunks_need_is_launched_before_anything_is_asked(
+    family: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile of attention, with contexts in one part and in many; the head, too."""
+    launched: list[Launch] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    loaded = load_models(checkpoint(family), dtype=torch.bfloat16)
+    mllm = loaded.models["mllm"]
+    empty = LowRank(torch.zeros(BASE["intermediate_size"], 4), torch.zeros(4, BASE["hidden_size"]))
+    mllm.backbone.adapters.append(AttachedAdapter("none", {(0, "down"): empty}, ()))
+    engine = engine_of(with_models(loaded, probe=probe_on(mllm)))
+    assert not launched
+    engine.runner._cuda = True  # as on a GPU
+    engine.runner._warm_up(engine.lanes[0], engine.models)
+    attends = [launch.arguments for launch in launched if "BLOCK_M" in launch.arguments]
+    tiles = {(some["BLOCK_M"], some["parts"] is None) for some in attends}
+    assert tiles == {(rows, whole) for rows in (16, 64, 128) for whole in (True, False)}
+    windows = mllm.backbone.decoder.config.windows
+    assert {some["window"] for some in attends} == set(windows)
+    names = {launch.kernel.fn.__name__ for launch in launched}
+    assert {"_shrink", "_expand", "_pooled_head", "_rope_write", "_gated", "_add_rms_norm", "_merge"} <= names
+
+
+def test_warming_up_writes_nothing_to_the_pool(models: ModelSet) -> None:
+    engine = engine_of(models)
+    mllm, before = models.models["mllm"], engine.pool.arena.clone()
+    layout = mllm.layout(engine.pool.layouts[0].tokens_per_page)
+    warm_up(mllm.backbone, layout, engine.pool.layers(layout), mllm.context, ())
+    assert engine.pool.arena.equal(before)
 
 
 class Recorded(NamedTuple):
