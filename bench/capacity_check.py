@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .capacity import latency
 from .cost_fit import FittedCosts, fit, measured_steps
-from .document import BadDocument, Document
+from .document import BadDocument, Document, as_written
 from .driving import Served
 from .guard_programs import GUARDS, Asked, Sizes, models_of, stages
 from .objective import Objective
@@ -93,7 +93,10 @@ def compare(document: Document) -> list[Compared]:
     """Every load of a run, predicted from the steps of all its other loads. Raises as `read_run` does."""
     if document.settings.get("release") != "verdict":
         raise BadDocument("the simulation holds text back until the verdict; the run released it otherwise")
-    loads = {(loop, float(level)) for loop, level, _, _ in (name.split(" ") for name in document.units)}
+    with as_written(document):
+        loads = {(loop, float(level)) for loop, level, _, _ in (name.split(" ") for name in document.units)}
+    if not loads:
+        raise BadDocument("the run has no loads to compare with")
     out = []
     for loop, level in sorted(loads):
         own = tuple(name for name in document.units if name.startswith(f"{loop} {level:g} "))

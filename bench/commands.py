@@ -161,7 +161,7 @@ def roofline(
 
     known, torch_dtype = None if measured is None else read_measured(measured), dtype_named(dtype)
     assert torch_dtype is not None
-    session = begin(Console(stderr=True, highlight=False))
+    session = begin(Console(stderr=True, highlight=False), json)
     lengths: dict[str, Any] = {"question": prompt_tokens, "answer": answer_tokens, "chunk": chunk, "batch": batch}
     reached: dict[str, Any] = {"memory_efficiency": memory_efficiency, "compute_efficiency": compute_efficiency}
     here = setup_of(model, detector, torch_dtype.itemsize)
@@ -280,7 +280,7 @@ def _soak(requests: int, seed: int, json: Path | None, on_ray: bool) -> None:
     from .soak import SoakConfig, run_soak
 
     console = Console(stderr=True, highlight=False)
-    session: Session = begin(console)
+    session: Session = begin(console, json)
     with TemporaryDirectory() as folder, progress(console) as told:
         config = SoakConfig(requests, seed=seed)
         if on_ray:

@@ -108,8 +108,19 @@ class Document:
         names = set(cls.__dataclass_fields__) - {"more"}
         if missing := sorted(names - set(known)):
             raise BadDocument(f"a document has {', '.join(sorted(names))}; this one lacks {', '.join(missing)}")
+        kinds = {"settings": dict, "units": dict, "rows": list, "warnings": list, "machine": dict, "versions": dict}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(known[name], kind)]:
+            raise BadDocument(f"a document's {', '.join(wrong)} must be {kinds[wrong[0]].__name__}")
         more = {name: value for name, value in known.items() if name not in names | {"format"}}
         return cls(**{name: known[name] for name in names}, more=more)
+
+
+def check_file(file: Path | None) -> None:
+    """Before hours of work: raises `BadInput` where no document could be written."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise BadInput(
+            f"no document can be written to {file}: {file.parent} is no folder, or not writable, or {file} is"
+        )
 
 
 def read_document(file: Path, kind: str | None = None) -> Document:

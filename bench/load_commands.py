@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
 
+from ..engine.errors import BadInput
 from .options import (
     DetectorOption,
     DetoxifierOption,
@@ -215,7 +216,10 @@ def kernels(
         Profile.NORMAL: KernelsConfig(),
         Profile.NIGHTLY: KernelsConfig(KernelSizes((1, 4, 16, 64), (256, 1024, 4096)), repeats=50),
     }[profile]
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    known = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if device not in (None, *known):
+        raise BadInput(f"a device here is {' or '.join(known)}, not {device}")
+    where = torch.device(device or known[-1])
     found = dtype_named(dtype) or torch.bfloat16
     config = replace(base, operations=tuple(operation or ()), repeats=repeats or base.repeats, seed=seed)
     shape = setup_of(model, None, found.itemsize).model

@@ -96,12 +96,13 @@ def run_plan(kind: str, make: Callable[[], Plan], file: Path | None, resume: boo
     Raises `BadInput` for --resume without a file, `BadDocument` for a file that is another measurement's, and what
     a piece of the work raises, after all that was measured before was written down.
     """
-    from .document import Session, read_document
+    from .document import Session, check_file, read_document
     from .report import show, warn
     from .units import resumed, run_units, unbroken
 
     if resume and file is None:
         raise BadInput("--resume goes on with the document in the file of --json FILE")
+    check_file(file)
     console = Console(stderr=True, highlight=False)
     earlier = read_document(file, kind) if resume and file is not None and file.exists() else None
     session = Session.begin(earlier)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from random import Random
 from typing import Any, Protocol, TypeVar
 
@@ -44,7 +45,8 @@ def take_turns(working: Mapping[Key, Steps], random: Random) -> None:
 @dataclass(frozen=True)
 class Enough:
     """When to end: after `least` rounds of a contest, once the 95 % intervals of its ratios lie within ± `tolerance`
-    of the medians; or, whatever is known by then, when all rounds together took `limit` seconds."""
+    of the medians; or, whatever is known by then, when all rounds together took `limit` seconds, one
+    of each at least."""
 
     least: int = 6
     tolerance: float = 0.025
@@ -52,8 +54,9 @@ class Enough:
 
     def __post_init__(self) -> None:
         """Raises `BadInput`."""
-        if self.least < 1 or not self.tolerance > 0.0 or not self.limit > 0.0:
-            raise BadInput(f"rounds, a tolerance and a limit are above 0, not {self}")
+        values = self.least, self.tolerance, self.limit
+        if not all(isfinite(value) and value > 0 for value in values):
+            raise BadInput(f"rounds, a tolerance and a time are above 0 and finite, not {values}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def play(contests: Sequence[Contest], enough: Enough, done: Mapping[str, Any]) -
     ]:
         for contest in due:
             spent = sum(sum(map(sum, found.values())) for one in contests for found in one.rounds(done))
-            if number >= enough.least and spent >= enough.limit:
+            if number and spent >= enough.limit:
                 return
             yield f"{contest.name}{ROUND}{number}", partial(contest.play, number)
         number += 1

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console, RenderableType
 
 from ..engine.errors import StockadeError
-from .document import Document, Session
+from .document import Document, Session, check_file
 
 WIDTH = 120
 
@@ -47,8 +47,9 @@ class Spread(NamedTuple):
         return f"{self.median:,.1f} ({self.p10:,.1f}-{self.p90:,.1f})"
 
 
-def begin(console: Console) -> Session:
-    """A measurement begins; warns when others use the machine."""
+def begin(console: Console, file: Path | None = None) -> Session:
+    """A measurement begins; warns when others use the machine. Raises `BadInput` where `file` cannot be written."""
+    check_file(file)
     session = Session.begin()
     warn(console, session.warnings)
     return session

@@ -202,7 +202,10 @@ def peers(
             "Names: stockade, transformers, llama.cpp, openvino, vllm. (default: stockade, transformers)"
         ),
     ] = None,
-    gguf: Annotated[Path | None, typer.Option(help="The weights as GGUF. (default: made from the model)")] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The weights as GGUF. (default: made from the model)"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     threads: Annotated[int | None, typer.Option(min=1, help="Of each peer. (default: one a core)")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question.")] = 64,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
-from math import isqrt
+from math import isfinite, isqrt
 from random import Random
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -95,6 +95,9 @@ class ThroughputPlan:
         check_names(config.guards, (config.release,))
         if not config.trace and not config.at_once and config.rates == () and config.most_at_once < 2:
             raise BadInput("a sweep needs at least 2 requests at once")
+        for name, values in (("rate", config.rates or ()), ("speed", (config.speed,)), ("time", (config.seconds,))):
+            if wrong := [value for value in values if not (isfinite(value) and value > 0)]:
+                raise BadInput(f"a {name} is above 0 and finite, not {wrong[0]}")
         self.config, self.seed = config, config.seed
         known = asdict(config)
         known["objective"] = config.objective.to_dict()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -97,29 +97,39 @@ def faster(items: list[Item], factor: float) -> list[Item]:
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, values by column)."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        if file.suffix in (".jsonl", ".ndjson", ".json"):
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise BadTrace(f"{file.name}, line {number}: not a JSON object: {error}") from None
-                if not isinstance(record, dict):
-                    raise BadTrace(f"{file.name}, line {number}: not a JSON object")
-                _check_columns(f"{file.name}, line {number}", list(record))
-                yield number, record
-            return
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            yield from (
+                _json_lines(file, lines) if file.suffix in (".jsonl", ".ndjson", ".json") else _csv(file, lines)
+            )
+    except UnicodeDecodeError as error:
+        raise BadTrace(f"{file.name} is no text: {error}") from None
+
+
+def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            reader = csv.DictReader(lines, restkey="", strict=True)
-            _check_columns(file.name, list(reader.fieldnames or ()))
-            for row in reader:
-                if "" in row or None in row.values():
-                    raise BadTrace(f"{file.name}, line {reader.line_num}: not as many values as columns")
-                yield reader.line_num, dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise BadTrace(f"{file.name} is no CSV file: {error}") from None
+            record = json.loads(line)
+        except ValueError as error:
+            raise BadTrace(f"{file.name}, line {number}: not a JSON object: {error}") from None
+        if not isinstance(record, dict):
+            raise BadTrace(f"{file.name}, line {number}: not a JSON object")
+        _check_columns(f"{file.name}, line {number}", list(record))
+        yield number, record
+
+
+def _csv(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        reader = csv.DictReader(lines, restkey="", strict=True)
+        _check_columns(file.name, list(reader.fieldnames or ()))
+        for row in reader:
+            if "" in row or None in row.values():
+                raise BadTrace(f"{file.name}, line {reader.line_num}: not as many values as columns")
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise BadTrace(f"{file.name} is no CSV file: {error}") from None
 
 
 def _check_columns(where: str, names: list[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..engine.engine import Engine
-from ..engine.errors import BadInput
+from ..engine.errors import BadInput, CheckpointMissing
 from ..engine.models.bundles import smol_folder
 from ..engine.models.loader import BUNDLES, SMOL_DETECTOR
 from ..engine.models.shapes import NAMED_SHAPES
@@ -91,7 +91,8 @@ def sources(model: str, detector: str | None = None, detoxifier: str | None = No
     """Checkpoints on disk for a bundle, SmolLM2 with eyes, folders, or a named shape (random weights). What is
     written for it is deleted at the end.
 
-    Raises `BadInput` when there is no detector or detoxifier to go with a model.
+    Raises `CheckpointMissing` for a model that is none, and `BadInput` when there is no detector or detoxifier to go
+    with it.
     """
     with TemporaryDirectory(prefix="stockade-bench-") as name:
         work = Path(name)
@@ -100,6 +101,11 @@ def sources(model: str, detector: str | None = None, detoxifier: str | None = No
             mender = _checkpoint(detoxifier, work) if detoxifier else smol_folder()
             yield Sources(model, model, smol_folder(), judge, mender, work)
             return
+        if model not in (SMOL_LLAVA, *NAMED_SHAPES) and not Path(model).is_dir():
+            raise CheckpointMissing(
+                f"{model} is no checkpoint folder, no bundle and no named shape: there are "
+                f"{', '.join((*BUNDLES, SMOL_LLAVA, *NAMED_SHAPES))}"
+            )
         known = COMPANIONS.get(model, (None, None))
         detector, detoxifier = detector or known[0], detoxifier or known[1]
         if detector is None or detoxifier is None:
