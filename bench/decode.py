@@ -86,6 +86,8 @@ class DecodePlan:
         random = Random(f"{self.seed} {work.name} {number}")
         generator = torch.Generator().manual_seed(random.getrandbits(63))
         picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
+        # no two begin alike: nothing of one is found in the pages of another
+        picked[:, 0] = torch.randperm(len(self._ordinary), generator=generator)[: work.rows]
         prompts = self._ordinary[picked]
         ours = Answering(self._engine, prompts, work, self.config.piece)
         theirs = Generating(self._speaker.model, prompts, work, self.config.piece)

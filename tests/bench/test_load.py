@@ -26,7 +26,14 @@ from stockade.bench.units import Unit, resumed, run_units
 from stockade.bench.variants import bench_models
 from stockade.bench.workload import sources
 from stockade.engine.engine import Engine
-from stockade.engine.errors import BadInput, DoesNotFit, ImagesNotSupported, InvalidGuard, PromptTooLong
+from stockade.engine.errors import (
+    BadInput,
+    CheckpointMissing,
+    DoesNotFit,
+    ImagesNotSupported,
+    InvalidGuard,
+    PromptTooLong,
+)
 from stockade.engine.models.loader import ModelSet
 from stockade.engine.request import Outcome
 
@@ -116,6 +123,20 @@ def test_the_same_seed_asks_the_same_of_every_guard(engine: Engine) -> None:
             kept = [[Served(*row)._replace(cached=0)[8:] for row in run["served"]] for run in (result, again)]
             assert kept[0] == kept[1]  # what is found in pages depends on when the pages were written
     assert {name.rpartition(" ")[0] for name in done[0]} == {"closed 2 0", "open 50 0"}
+
+
+@pytest.mark.parametrize(("seconds", "closed", "opened"), [(1e-3, 4, 16), (1e6, 20, 20)])
+def test_time_is_shared_out_and_every_load_is_whole(seconds: float, closed: int, opened: int, engine: Engine) -> None:
+    """Where the time is short, as few requests as mean anything; where it is long, as many as are wanted."""
+    config = ThroughputConfig(("off", "probe"), Sizes(4, 0, 3), (1, 2), rates=(200.0,), requests=20, seconds=seconds)
+    plan, done = ThroughputPlan(engine, config, "tiny", "float32"), {}
+    assert plan.limit == seconds and run_units(plan, done)
+    counts = {(row["loop"], row["level"], row["guard"]): row["n"] for row in plan.rows(done)}
+    assert {n for (loop, *_), n in counts.items() if loop == "closed"} == {closed}
+    assert {n for (loop, *_), n in counts.items() if loop == "open"} == {opened}
+    assert len(counts) == 6 and all(found["took"] > 0 for found in done.values())
+    traced = ThroughputPlan(engine, replace(config, trace=(Item(0.0, 4, 0, 3),)), "tiny", "float32")
+    assert traced.limit is None  # it takes as long as it says
 
 
 def test_a_sweep_goes_on_until_the_knee_is_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +264,9 @@ def test_latency_has_a_row_for_every_combination_that_can_be(engine: Engine) -> 
 
 
 def test_what_cannot_be_measured_is_refused(engine: Engine) -> None:
+    for wrong in ({"rates": (1.0, -1.0)}, {"rates": (float("nan"),)}, {"speed": 0.0}, {"seconds": float("inf")}):
+        with pytest.raises(BadInput, match="above 0 and finite"):
+            ThroughputPlan(engine, ThroughputConfig(**wrong), "tiny", "float32")
     for config in (LatencyConfig(guards=("nothing",)), LatencyConfig(releases=("never",))):
         with pytest.raises(BadInput, match=r"no (guard|release)"):
             LatencyPlan(engine, config, "tiny", "float32")
@@ -282,6 +306,10 @@ def test_latency_is_measured_interrupted_and_gone_on_with(tmp_path: Path, monkey
         bench(*common, "--resume", "--repeats", "3")
     with pytest.raises(BadInput, match="--json"):
         bench("latency", "--resume")
+    with pytest.raises(BadInput, match="no document can be written"):  # said before hours of work
+        bench("latency", "--json", str(tmp_path / "nowhere" / "x.json"))
+    with pytest.raises(CheckpointMissing, match="no named shape"):
+        bench("latency", "--model", str(tmp_path / "nowhere"))
 
 
 def test_throughput_sweeps_holds_an_objective_and_reads_traces(tmp_path: Path) -> None:

@@ -115,3 +115,11 @@ def test_an_objective_is_met_at_its_bounds() -> None:
 def test_an_objective_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(BadObjective):
         Objective.parse(text)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_trace_that_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"arrival\xff\xfe\x80")
+    with pytest.raises(BadTrace, match="no text"):
+        read_trace(file)
