@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .capacity import FULL, Found, Plan
+from .cost_fit import FittedCosts
 
 ASSUMED = (
     "Requests go to replicas at random; e2e_p95_routed_s is that of up to four replicas behind a router that knows "
@@ -22,6 +23,7 @@ ASSUMED = (
     "Lanes that run at the same time on one device share it evenly.",
     "Processor cores beside a device cost nothing.",
 )
+ROUGH = 0.15  # of a step's time: where costs fit worse, the answer says so
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ class CapacityReport:
                 f"{added:,.1f} ms more for a harmless request alone, {found.alone_harmful:.2f} s for a harmful one."
             )
         out += [f"{guard} ({placement}) cannot hold it: {why}" for (guard, placement), why in self.refused.items()]
+        errors = [fit.error for fit in plan.costs.lanes.values()] if isinstance(plan.costs, FittedCosts) else []
+        if max(errors, default=0.0) > ROUGH:
+            out.append(
+                f"This is rough: measured steps miss their own fit by {100 * max(errors):.0f} % in the median; measure "
+                "them again on a quiet machine."
+            )
         return out
 
     def table(self) -> RenderableType:

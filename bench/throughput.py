@@ -147,14 +147,17 @@ class ThroughputPlan:
 
     def _share(self, done: dict[str, Any]) -> float:
         """Seconds of the next closed loop: of what is left to all of them, as if the sweep went to its end."""
-        config = self.config
-        part = 1.0 if config.rates is None else 0.5
-        loads = len(config.at_once) or config.most_at_once.bit_length() + 2
-        left = self._runs(loads) - sum(name.startswith("closed") for name in done)
-        return (part * config.seconds - _spent(done, "closed")) / max(1, left)
+        loads = len(self.config.at_once) or self.config.most_at_once.bit_length() + 2
+        runs = self._runs(loads) - sum(name.startswith("closed") for name in done)
+        return self._left(done) / max(1, runs)
+
+    def _left(self, done: dict[str, Any]) -> float:
+        """Seconds of all closed loops to come."""
+        return (1.0 if self.config.rates is None else 0.5) * self.config.seconds - _spent(done, "closed")
 
     def _ladder(self, done: dict[str, Any]) -> Iterator[int]:
-        """1, 2, 4 … until every guard has had its knee two steps before, and then what lies around the knees."""
+        """1, 2, 4 … until every guard has had its knee two steps before, or the time of the closed loops is up, and
+        then what lies around the knees."""
         tried: list[int] = []
         level = 1
         while level <= self.config.most_at_once:
@@ -163,6 +166,8 @@ class ThroughputPlan:
             level *= 2
             if len(tried) > 2 and all(self._knee(done, guard).level <= tried[-3] for guard in self.config.guards):
                 break
+            if len(tried) > 1 and self._left(done) <= 0.0:
+                return
         around: set[int] = set()
         for guard in self.config.guards:
             best = int(self._knee(done, guard).level)
@@ -299,10 +304,19 @@ class ThroughputPlan:
             table.add_row(
                 *(row["guard"], _named(row) + (" ← knee" if _is_knee(row, more) else "")),
                 *(f"{row['requests_per_s']:.2f}", f"{row['tokens_per_s']:,.1f}", f"{row['goodput_per_s']:.2f}"),
-                *(f"{row[f'{name}_ms']['p50']:,.0f} ({row[f'{name}_ms']['p99']:,.0f})" for name in MEASURES),
+                *(
+                    f"{row[f'{name}_ms']['p50']:,.0f}"
+                    + (f" ({row[f'{name}_ms']['p99']:,.0f})" if name in ("ttft", "e2e") else "")
+                    for name in MEASURES
+                ),
                 *(f"{row['pool_percent']:.1f}", f"{row['prefix_hit_percent']:.0f}"),
             )
-        return Group(table, *(f"{guard} holds {rate:g} requests/s" for guard, rate in more["held"].items()))
+        asked = {(row["guard"], row["level"]): row["n"] for row in rows if row["loop"] != "closed"}
+        held = (
+            f"{guard} holds {rate:g} requests/s" + (f" (of {asked[guard, rate]} requests)" if rate else "")
+            for guard, rate in more["held"].items()
+        )
+        return Group(table, *held)
 
 
 def _timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

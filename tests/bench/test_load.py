@@ -135,6 +135,11 @@ def test_time_is_shared_out_and_every_load_is_whole(seconds: float, closed: int,
     assert {n for (loop, *_), n in counts.items() if loop == "closed"} == {closed}
     assert {n for (loop, *_), n in counts.items() if loop == "open"} == {opened}
     assert len(counts) == 6 and all(found["took"] > 0 for found in done.values())
+    levels = [
+        name for name, _ in ThroughputPlan(engine, replace(config, at_once=()), "tiny", "float32").units(dict(done))
+    ]
+    swept = {name.split()[1] for name in levels if name.startswith("closed")}
+    assert (swept == {"1", "2"}) == (seconds < 1)  # no time, no further loads
     traced = ThroughputPlan(engine, replace(config, trace=(Item(0.0, 4, 0, 3),)), "tiny", "float32")
     assert traced.limit is None  # it takes as long as it says
 
@@ -157,7 +162,7 @@ def test_a_sweep_goes_on_until_the_knee_is_behind(engine: Engine, monkeypatch: p
     monkeypatch.setattr(plan, "rows", lambda done: [row(name) for name in done])
     done: dict[str, Any] = {}
     for name, _ in plan.units(done):
-        done[name] = {"costs": []}
+        done[name] = {"costs": [], "took": 1.0}
     # eight is best of the doubled ones, seen when both 16 and 32 were worse; then what lies around it
     assert [int(name.split()[1]) for name in done] == [1, 2, 4, 8, 16, 32, 5, 11]
     assert plan.more(done)["knees"]["off"]["level"] == 5
