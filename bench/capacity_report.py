@@ -125,8 +125,8 @@ class CapacityReport:
         errors = [fit.error for fit in plan.costs.lanes.values()] if isinstance(plan.costs, FittedCosts) else []
         if max(errors, default=0.0) > ROUGH:
             out.append(
-                f"This is rough: measured steps miss their own fit by {100 * max(errors):.0f} % in the median; measure "
-                "them again on a quiet machine."
+                f"This is rough: measured steps miss their own fit by {100 * max(errors):.0f} % in the median; "
+                "measure them again on a quiet machine."
             )
         return out
 
