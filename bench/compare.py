@@ -111,7 +111,7 @@ def _singles(document: Document) -> dict[str, _Single]:
             spread = figure["total_ms_spread"]
             out[f"{name}, {path}: whole reply ms"] = _Single(spread["median"], spread["p10"], spread["p90"], True)
     for name, pair, ratio in _ratios(document):
-        out[f"{name}: {pair}, time"] = _Single(ratio["median"], ratio["low"], ratio["high"], False)
+        out[f"{name}: {pair}"] = _Single(ratio["median"], ratio["low"], ratio["high"], False)
     for row in document.rows if document.kind in ("decode", "training") else ():
         for side, spread in row["tokens_per_s"].items():
             name = f"{row['workload']}, {side}: tokens/s"
@@ -127,13 +127,13 @@ def _ratios(document: Document) -> Iterator[tuple[str, str, dict[str, float]]]:
     """(workload, pair, ratio) of measurements in turn."""
     for row in document.rows:
         if document.kind in ("decode", "training"):
-            yield row["workload"], "the other's / ours", row["ratio"]
+            yield row["workload"], "times as fast", row["ratio"]
         elif document.kind == "onnx":
             for pair, ratio in row["ratios"].items():
                 yield f"{row['batch']} x {row['tokens']}", pair, ratio
         elif document.kind == "peers":
             for measure, ratio in row["ratios"].items():
-                yield row["peer"], f"{measure} / the first one's", ratio
+                yield row["peer"], f"{measure} over the first one's", ratio
 
 
 def _change(name: str, then: np.ndarray, now: np.ndarray) -> Change:
