@@ -24,6 +24,7 @@ from .workload import Sources
 
 SIDES = ("stockade", "transformers")
 RATIO = f"{SIDES[1]} / {SIDES[0]}"
+READ = 8  # prompts in a round of a prefill, which would be over in one short piece
 BUFFER_BYTES = 512 << 20  # far more than any cache
 
 
@@ -42,13 +43,15 @@ class DecodeConfig:
 
 
 class Workload(NamedTuple):
-    """rows prompts of `prompt` tokens, `new` tokens each; `counted` of all of them are what a rate counts."""
+    """rows prompts of `prompt` tokens, `new` tokens each; `counted` of all of them are what a rate counts.
+    times: that a round does it, with other prompts each time."""
 
     name: str
     rows: int
     prompt: int
     new: int
     counted: int
+    times: int = 1
 
 
 class DecodePlan:
@@ -70,7 +73,7 @@ class DecodePlan:
             Workload(f"batch {rows}", rows, config.prompt_tokens, config.new_tokens, rows * config.new_tokens)
             for rows in config.batches
         ]
-        works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, config.prefill))
+        works.append(Workload(f"prefill {config.prefill}", 1, config.prefill, 1, READ * config.prefill, READ))
         self._contests = {work: Contest(work.name, [SIDES[::-1]], partial(self._round, work)) for work in works}
 
     def warm_up(self) -> None:
@@ -85,16 +88,20 @@ class DecodePlan:
         """Both sides answer the same prompts. Raises `WrongPath` if one stopped short."""
         random = Random(f"{self.seed} {work.name} {number}")
         generator = torch.Generator().manual_seed(random.getrandbits(63))
-        picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
-        # no two begin alike: nothing of one is found in the pages of another
-        picked[:, 0] = torch.randperm(len(self._ordinary), generator=generator)[: work.rows]
-        prompts = self._ordinary[picked]
-        ours = Answering(self._engine, prompts, work, self.config.piece)
-        theirs = Generating(self._speaker.model, prompts, work, self.config.piece)
-        take_turns(dict(zip(SIDES, (ours, theirs), strict=True)), random)
-        ours.check()
-        theirs.check()
-        return dict(zip(SIDES, (ours.pieces, theirs.pieces), strict=True))
+        found: Round = {side: [] for side in SIDES}
+        for _ in range(work.times):
+            picked = torch.randint(len(self._ordinary), (work.rows, work.prompt), generator=generator)
+            # no two begin alike: nothing of one is found in the pages of another
+            picked[:, 0] = torch.randperm(len(self._ordinary), generator=generator)[: work.rows]
+            prompts = self._ordinary[picked]
+            ours = Answering(self._engine, prompts, work, self.config.piece)
+            theirs = Generating(self._speaker.model, prompts, work, self.config.piece)
+            take_turns(dict(zip(SIDES, (ours, theirs), strict=True)), random)
+            ours.check()
+            theirs.check()
+            for side, one in zip(SIDES, (ours, theirs), strict=True):
+                found[side] += one.pieces
+        return found
 
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
         """Rates count new tokens over the whole time, the prompt's reading included; those of a prefill count the
