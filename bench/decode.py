@@ -99,8 +99,8 @@ class DecodePlan:
             take_turns(dict(zip(SIDES, (ours, theirs), strict=True)), random)
             ours.check()
             theirs.check()
-            for side, one in zip(SIDES, (ours, theirs), strict=True):
-                found[side] += one.pieces
+            for side, pieces in zip(SIDES, (ours.pieces, theirs.pieces), strict=True):
+                found[side] += pieces
         return found
 
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
