@@ -70,7 +70,7 @@ HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
-SMOL_ADAPTER = "smol-adapter"  # as detector and as detoxifier of the bundle: activated adapters on its own weights
+SMOL_ADAPTER = "smol-adapter"  # as detector and as detoxifier of the bundle: adapters on its own weights
 SMOL_ADAPTERS = {name: Path(__file__).parent / "data" / f"smol-{name}" for name in ("detector", "detoxifier")}
 
 
