@@ -23,7 +23,6 @@ from .units import Unit
 from .workload import Sources
 
 SIDES = ("stockade", "transformers")
-RATIO = f"{SIDES[1]} / {SIDES[0]}"
 READ = 8  # prompts in a round of a prefill, which would be over in one short piece
 BUFFER_BYTES = 512 << 20  # far more than any cache
 
@@ -106,14 +105,7 @@ class DecodePlan:
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
         """Rates count new tokens over the whole time, the prompt's reading included; those of a prefill count the
         prompt's tokens over the time to its first new token. ratio: of the rounds' own ratios."""
-        rows = []
-        for work, contest in self._contests.items():
-            if not (rounds := contest.rounds(done)):
-                continue
-            rates = {side: Spread.of(work.counted / sum(found[side]) for found in rounds).to_dict() for side in SIDES}
-            ratio = contest.ratios(rounds)[RATIO]
-            rows.append({"workload": work.name, "n": len(rounds), "tokens_per_s": rates, "ratio": ratio})
-        return rows
+        return [row for work, contest in self._contests.items() for row in contest.rows(done, work.counted)]
 
     def more(self, done: dict[str, Any]) -> dict[str, Any]:
         """weight_bytes: read in one step. The bound is what a step allows that costs nothing but reading them."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.errors import BadInput
 from .estimates import Estimate
+from .report import Spread
 from .units import Unit
 
 ROUND = ", round "  # in the name of a unit, between a contest's name and the round's number
@@ -84,6 +85,16 @@ class Contest:
             for over, under in self.compared
             if (found := self.ratio(rounds, over, under))
         }
+
+    def rows(self, done: Mapping[str, Any], tokens: int) -> list[dict[str, Any]]:
+        """A document's row of the first pair, none before the first round. tokens: that each of the two made, or
+        read, in a round; ratio: of the rounds' own ratios."""
+        if not (rounds := self.rounds(done)):
+            return []
+        over, under = self.compared[0]
+        rates = {one: Spread.of(tokens / sum(found[one]) for found in rounds).to_dict() for one in (under, over)}
+        ratio = self.ratios(rounds)[f"{over} / {under}"]
+        return [{"workload": self.name, "n": len(rounds), "tokens_per_s": rates, "ratio": ratio}]
 
     def known(self, rounds: Sequence[Round], tolerance: float) -> bool:
         return all(within(self.ratio(rounds, *pair)) <= tolerance for pair in self.compared)

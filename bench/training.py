@@ -27,7 +27,6 @@ from .units import Unit
 from .workload import Sources
 
 SIDES = ("stockade", "plain PyTorch")
-RATIO = f"{SIDES[1]} / {SIDES[0]}"
 LEAST = 0.8  # of the plain loop's tokens/s, is what a step of ours is to reach
 
 
@@ -90,12 +89,7 @@ class TrainingPlan:
 
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
         """Tokens/s of answers (padding is no token); ratio: ours over the plain loop's, of the same rounds."""
-        if not (rounds := self._contest.rounds(done)):
-            return []
-        tokens = sum(map(len, self._answers))
-        rates = {name: Spread.of(tokens / sum(found[name]) for found in rounds).to_dict() for name in SIDES}
-        ratio = self._contest.ratios(rounds)[RATIO]
-        return [{"workload": self._contest.name, "n": len(rounds), "tokens_per_s": rates, "ratio": ratio}]
+        return self._contest.rows(done, sum(map(len, self._answers)))
 
     def more(self, done: dict[str, Any]) -> dict[str, Any]:
         """targets: what the training is to reach, and whether it did."""

@@ -127,8 +127,8 @@ class Backbone:
             return self._part(self.first_layer, self.layers)(inputs_embeds=x, use_cache=False).last_hidden_state
 
     def _part(self, first: int, last: int) -> Any:
-        """The layers [first, last) of the decoder as a decoder, of the same weights."""
-        whole = (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).model
+        """The layers [first, last) of the adapted decoder as a decoder, of the same weights."""
+        whole = self.model.get_base_model().model
         part = copy.copy(whole)
         part._modules = {**whole._modules, "layers": whole.layers[first:last]}
         if getattr(whole.config, "layer_types", None) is not None:

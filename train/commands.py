@@ -117,9 +117,10 @@ def detector(
     if invocation is not None:
         form = replace(form, invocation=invocation)
     recipe = recipe_of(
-        adapter, rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed, head_rate
+        *(adapter, rate, epochs, batch, max_tokens, warmup, weight_decay, rank, alpha, dropout, target, seed),
+        head_rate,
+        first_layer,
     )
-    recipe = replace(recipe, first_layer=first_layer)
     console = Console(highlight=False)
     with telling(console) as told:
         card = train_detector(
@@ -371,6 +372,7 @@ def recipe_of(
     target: list[str] | None,
     seed: int,
     head_rate: float | None = None,
+    first_layer: int = 0,
 ) -> Recipe:
     """Raises `BadInput` for values out of range."""
     from .recipe import TARGETS, Recipe
@@ -388,6 +390,7 @@ def recipe_of(
         alpha=alpha,
         dropout=dropout,
         targets=tuple(target or TARGETS),
+        first_layer=first_layer,
         seed=seed,
     )
 

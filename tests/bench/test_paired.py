@@ -23,6 +23,20 @@ from stockade.engine.errors import BadInput
 
 PAIR = [("slow", "fast")]
 
+TWO_ROUNDS = [
+    "decode",
+    "--model",
+    "tiny-llama",
+    "--new-tokens",
+    "2",
+    "--prefill",
+    "8",
+    "--batch",
+    "1",
+    "--rounds",
+    "2",
+]
+
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,20 +183,7 @@ def test_a_piece_has_so_many_tokens_and_pieces_make_one_generation() -> None:
 
 def test_rounds_are_interrupted_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "decode.json"
-    common = (
-        "decode",
-        "--model",
-        "tiny-llama",
-        "--new-tokens",
-        "2",
-        "--prefill",
-        "8",
-        "--batch",
-        "1",
-        "--rounds",
-        "2",
-    )
-    common = (*common, "--within", "1000", "--json", str(file))
+    common = (*TWO_ROUNDS, "--within", "1000", "--json", str(file))
     rounds = DecodePlan._round
 
     def interrupted(plan: DecodePlan, work: Workload, number: int) -> Round:
@@ -213,20 +214,7 @@ def test_what_was_measured_before_a_failure_is_written_down(tmp_path: Path, monk
         return rounds(plan, work, number)
 
     monkeypatch.setattr(DecodePlan, "_round", failing)
-    options = (
-        "decode",
-        "--model",
-        "tiny-llama",
-        "--new-tokens",
-        "2",
-        "--prefill",
-        "8",
-        "--batch",
-        "1",
-        "--rounds",
-        "2",
-    )
     with pytest.raises(BadInput, match="made up"):
-        bench(*options, "--json", str(file))
+        bench(*TWO_ROUNDS, "--json", str(file))
     known = read_document(file, "decode")
     assert not known.complete and [row["n"] for row in known.rows] == [1, 1]
