@@ -42,6 +42,10 @@ DetoxifierOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32. (default: bf16 if it is fast)")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="int8 or fp8 (CUDA): the layers' weights in 8 bits. (default: in --dtype)"),
+]
 GuardOption = Annotated[str, typer.Option("--guard", help=f"{', '.join(GUARDS)}.")]
 ThresholdOption = Annotated[
     float | None, typer.Option("--threshold", help="Harmful is a score below it. (default: the guard's own)")
@@ -115,6 +119,7 @@ def demo(
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     max_tokens: MaxTokensOption = 96,
     out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
 ) -> None:
@@ -130,7 +135,7 @@ def demo(
     console = Console(highlight=False)
     console.print(introduction(model, len(asked), names))
     guards = {name: guard_named(name) for name in names}
-    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
     results = Results()
     with console.status("answering …") as status:
         for number, item in enumerate(answer_all(engine, asked, guards, max_tokens), 1):
@@ -160,6 +165,7 @@ def profile(
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     max_tokens: MaxTokensOption = 64,
     out: Annotated[Path, typer.Option("--out", help="Folder for trace.json and trace.png.")] = Path("out"),
 ) -> None:
@@ -170,7 +176,7 @@ def profile(
     texts = [item.text for item in (demo_questions() if questions is None else read_questions(questions))]
     console = Console(highlight=False)
     chosen = guard_named(guard, threshold)
-    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
 
     from .engine.sampling import SamplingParams
 
@@ -199,13 +205,14 @@ def chat(
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     temperature: TemperatureOption = 0.0,
     max_tokens: MaxTokensOption = 256,
 ) -> None:
     """Talk with a model under a guard. Questions may come from a pipe, one a line."""
     console = Console(highlight=False)
     chosen, mode = guard_named(guard, threshold, published), release_named(release)
-    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
 
     from .engine.sampling import SamplingParams
     from .talk import Talk
@@ -233,6 +240,7 @@ def generate(
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     temperature: TemperatureOption = 0.0,
     max_tokens: MaxTokensOption = 256,
     ahead: Annotated[int, typer.Option("--ahead", min=1, help="Requests under way at a time.")] = 64,
@@ -251,7 +259,7 @@ def generate(
         if target.exists() and target.samefile(source):
             raise BadInput("IN and OUT are the same file")
     chosen = guard_named(guard, threshold, published)
-    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
 
     import json
 
@@ -337,6 +345,7 @@ def serve(
     detoxifier: DetoxifierOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Serve OpenAI's API, a web page and metrics; every reply goes through the guard.
 
@@ -381,11 +390,11 @@ def serve(
         except ImportError as error:
             raise BadInput(f"--ray needs {error.name}: pip install 'stockade[ray]'") from None
         scale = Scale.sharing(cores(), replicas, max_replicas, detector_replicas)
-        serve_on_ray(EngineNames(model, detector, detoxifier, device, dtype), serving, scale, console.print)
+        serve_on_ray(EngineNames(model, detector, detoxifier, device, dtype, weights), serving, scale, console.print)
         return
     if replicas > 1 or max_replicas is not None or detector_replicas:
         raise BadInput("replicas run on Ray Serve: add --ray")
-    engine = _engine(console, model, detector, detoxifier, device, dtype)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
     run(engine, serving, console.print)
 
 
@@ -550,7 +559,8 @@ def _engine(
     detoxifier: str | None,
     device: str | None,
     dtype: str | None,
+    weights: str | None,
 ) -> Engine:
     """Load an engine, and say so where somebody is looking. Raises `BadInput` and what `Engine` raises."""
     with console.status(f"loading {model} …"):
-        return EngineNames(model, detector, detoxifier, device, dtype).engine()
+        return EngineNames(model, detector, detoxifier, device, dtype, weights).engine()

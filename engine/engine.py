@@ -21,6 +21,7 @@ from .errors import BadInput, InvalidGuard, InvalidMessage, UnknownRequest
 from .flight import Flight
 from .images import ImageLimits
 from .kv_pages import PagePool
+from .models.eight_bits import weights_named
 from .models.heads import IN_CONTEXT
 from .models.loader import DetectorSource, ModelSet, Source, load_models
 from .models.model import Model
@@ -50,7 +51,9 @@ class Engine:
     head fitted on the states that the model has while it answers. A bundle brings its own detector, detoxifier and
     probe. `models` takes their place when they are loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
-    multiplies it, fp32 elsewhere. kv_bytes: size of the page pool; None takes a quarter of what is free.
+    multiplies it, fp32 elsewhere. weights: "int8" or "fp8" (CUDA from sm_89 on) for the maps of all decoders'
+    layers, quantized as they are loaded; None leaves them. kv_bytes: size of the page pool; None takes a quarter of
+    what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
 
     Not thread-safe: one thread calls it. Raises a `CheckpointError` when a model cannot be loaded.
@@ -66,6 +69,7 @@ class Engine:
         models: ModelSet | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        weights: str | None = None,
         kv_bytes: int | None = None,
         max_batch_tokens: int | None = None,
         max_sequences: int = 128,
@@ -82,7 +86,8 @@ class Engine:
         if models is None:
             if model is None:
                 raise BadInput("name a model: a checkpoint folder, a GGUF file, a bundle or a named shape")
-            models = load_models(model, detector, detoxifier, probe, device=device, dtype=dtype)
+            kind = None if weights is None else weights_named(weights)
+            models = load_models(model, detector, detoxifier, probe, device=device, dtype=dtype, weights=kind)
         cuda = models.device.type == "cuda"
         self.models = models.models
         self.device = models.device

@@ -115,6 +115,10 @@ class UnknownArchitecture(CheckpointError):
     """No decoder family of this engine matches the checkpoint's configuration."""
 
 
+class CannotQuantize(CheckpointError):
+    """Weights of 8 bits are asked for where the device has no products of them, or the model no such form."""
+
+
 class CacheWriteFailed(StockadeError, OSError):
     """The cache folder could not be written (full disk, permissions); nothing half-written stays."""
 

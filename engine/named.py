@@ -35,6 +35,7 @@ class EngineNames:
     detoxifier: str | None = None
     device: str | None = None
     dtype: str | None = None
+    weights: str | None = None
 
     def engine(self, outside: OutsideDetector | None = None) -> Engine:
         """Load it. outside: a detector in place of the named one. Raises `BadInput` and what `Engine` raises."""
@@ -50,6 +51,7 @@ class EngineNames:
             None if self.detoxifier is None else source_named(self.detoxifier),
             device=None if self.device is None else device_named(self.device),
             dtype=None if self.dtype is None else getattr(torch, DTYPES[self.dtype]),
+            weights=self.weights,
         )
 
 

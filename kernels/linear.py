@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native as tiles
 from .native import Native, PackedMatrix
+from .quantized import Kind, QuantizedLinear
 from .rms_norm import rms_norm
 
 # The number of rows oneDNN is told to expect. It picks the blocking; 16 costs a single row nothing (77 against
@@ -30,15 +31,30 @@ class Linear:
         self.bias = bias
         self.packed = False
         self.matrix: PackedMatrix | None = None
+        self.quantized: QuantizedLinear | None = None
         self._native: Native | None = None
+
+    def quantize(self, kind: Kind) -> None:
+        """Replace the weight by one of 8 bits, before it is packed. Raises `CannotQuantize`."""
+        self.quantized = QuantizedLinear(self.weight, kind, self.bias)
+        self.weight = self.quantized.weight
+
+    def halves(self) -> tuple[Linear, Linear]:
+        """The map to the first half of the outputs and that to the second, over the same memory; not packed."""
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        first, second = (Linear(*half) for half in zip(self.weight.chunk(2), biases, strict=True))
+        if self.quantized is not None:
+            first.quantized, second.quantized = self.quantized.halves()
+        return first, second
 
     def pack(self, native: Native | None = None, into: Tensor | None = None) -> None:
         """native: multiply by the native kernels, where the shape allows it. into: as of `native.pack`."""
         if self.packed:
             return
         if native is not None and tiles.can_pack(self.weight):
-            self.matrix = tiles.pack(self.weight, self.bias, into)
-            self.weight, self._native, self.packed = self.matrix.tiles, native, True
+            scales = None if self.quantized is None else self.quantized.scale
+            self.matrix = tiles.pack(self.weight, self.bias, into, scales)
+            self.weight, self.quantized, self._native, self.packed = self.matrix.tiles, None, native, True
         elif can_pack(self.weight):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, EXPECTED_ROWS)
             self.packed = True
@@ -47,6 +63,8 @@ class Linear:
         """x [rows, in] -> [rows, out]."""
         if self._native is not None and self.matrix is not None:
             return self._native.linear(x, self.matrix)
+        if self.quantized is not None:
+            return self.quantized(x)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

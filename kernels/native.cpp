@@ -1,8 +1,9 @@
 // Decoder layers and linear maps in bf16 for CPUs with AMX: plain C functions on raw pointers, one OpenMP region a call.
 //
 // Weights are panels of 16 output columns, a panel is a row of tiles, a tile holds 32 inputs of 16 columns in the order
-// that TDPBF16PS reads them: [columns / 16][inputs / 32][16 pairs of inputs][16 columns][2]. Sums are fp32; a value is
-// rounded to bf16 where it is stored. What a row becomes does not depend on the rows beside it, bit for bit: every
+// that TDPBF16PS reads them: [columns / 16][inputs / 32][16 pairs of inputs][16 columns][2]. Weights of 8 bits lie as
+// [columns / 16][inputs / 32][16 pairs of inputs][2][16 columns], become bf16, which holds each of them exactly, on their
+// way to the tiles, and meet their column's scale in the sum. Sums are fp32; a value is rounded to bf16 where it is stored. What a row becomes does not depend on the rows beside it, bit for bit: every
 // sum runs in one order, and what a mask hides adds exact zeros.
 
 #include <immintrin.h>
@@ -25,7 +26,9 @@ namespace {
 using bf16 = uint16_t;
 using std::min;
 
-constexpr int64_t TILE = 1024;         // bytes
+constexpr int64_t TILE = 1024;         // bytes, of bf16
+constexpr int64_t AHEAD = 2048;        // bytes of int8 that are fetched before they are widened, which takes as long
+constexpr int64_t SPAN = 8;            // tiles of two panels that are widened at once for few rows: they stay in L1
 constexpr int64_t SUPERBLOCK = 256;    // rows that share one pass over a thread's weights: their inputs stay in L2
 constexpr int64_t KEYS = 128;          // keys between two looks at the running maximum
 constexpr int64_t QUERY_TILES = 4;     // tiles of 16 queries that share one reading of keys and values
@@ -35,7 +38,27 @@ constexpr float HIDDEN_MAX = -1e30f;   // a running maximum before anything was 
 
 struct Matrix {
     const uint8_t* tiles;
-    const bf16* bias;  // or null
+    const bf16* bias;     // or null
+    const float* scales;  // of each column of whole panels, where tiles hold int8; or null: they hold bf16
+};
+
+// 16 columns of a matrix.
+struct Panel {
+    const uint8_t* tiles;
+    const float* scales;
+};
+
+inline Panel panel_of(const Matrix& matrix, int64_t number, int64_t k_tiles) {
+    if (!matrix.scales) return {matrix.tiles + number * k_tiles * TILE, nullptr};
+    return {matrix.tiles + number * k_tiles * (TILE / 2), matrix.scales + number * 16};
+}
+
+// A thread's place for int8 panels as bf16: for few rows parts of them, one after another; for many the pair of panels
+// of a slot, as long as no other pair comes to it.
+struct Wide {
+    uint8_t* room;
+    int64_t slot;  // bytes; 0: few rows
+    const uint8_t* held[8];
 };
 
 struct Layer {
@@ -165,38 +188,136 @@ inline int64_t place(int64_t row, int64_t column, int64_t k) {
     return row / 16 * 16 * k + column / 32 * 512 + row % 16 * 32 + column % 32;
 }
 
-// c [16 or 32 rows][width]: columns 0-15 = inputs times the panel w0, 16-31 = inputs times w1.
-void multiply(const bf16* a, bool two, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c, int64_t width) {
-    const int64_t c_stride = width * 4;
+// Adds inputs times `k_tiles` tiles of two panels to the sums. b: the inputs of rows 16-31, or null.
+inline void accumulate(const bf16* a, const bf16* b, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles) {
+    if (!b) {
+        for (int64_t k = 0; k < k_tiles; k++) {
+            _tile_loadd(4, a + k * 512, 64);
+            _tile_loadd(6, w0 + k * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w1 + k * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < k_tiles; k++) {
+        _tile_loadd(4, a + k * 512, 64);
+        _tile_loadd(6, w0 + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w1 + k * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, b + k * 512, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+inline void clear_sums(bool two) {
     _tile_zero(0);
     _tile_zero(1);
-    if (!two) {
-        for (int64_t k = 0; k < k_tiles; k++) {
-            _tile_loadd(4, a + k * 512, 64);
-            _tile_loadd(6, w0 + k * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w1 + k * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-    } else {
+    if (two) {
         _tile_zero(2);
         _tile_zero(3);
-        const bf16* b = a + k_tiles * 512;
-        for (int64_t k = 0; k < k_tiles; k++) {
-            _tile_loadd(4, a + k * 512, 64);
-            _tile_loadd(6, w0 + k * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w1 + k * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, b + k * 512, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, c + 16 * width, c_stride);
-        _tile_stored(3, c + 16 * width + 16, c_stride);
     }
-    _tile_stored(0, c, c_stride);
-    _tile_stored(1, c + 16, c_stride);
+}
+
+inline void store_sums(bool two, float* c, int64_t width) {
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + 16, width * 4);
+    if (two) {
+        _tile_stored(2, c + 16 * width, width * 4);
+        _tile_stored(3, c + 16 * width + 16, width * 4);
+    }
+}
+
+// c [16 or 32 rows][width]: columns 0-15 = inputs times the panel w0, 16-31 = inputs times w1.
+void multiply(const bf16* a, bool two, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c, int64_t width) {
+    clear_sums(two);
+    accumulate(a, two ? a + k_tiles * 512 : nullptr, w0, w1, k_tiles);
+    store_sums(two, c, width);
+}
+
+// Sixteen weights of int8, exactly.
+inline __m512 load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+
+// `tiles` tiles of int8 as bf16.
+inline void widen(const uint8_t* from, int64_t tiles, uint8_t* to) {
+    for (int64_t at = 0; at < tiles * TILE; at += 64, from += 32) {
+        _mm_prefetch((const char*)from + AHEAD, _MM_HINT_T0);
+        const __m512i even = _mm512_castps_si512(load((const int8_t*)from));
+        const __m512i odd = _mm512_castps_si512(load((const int8_t*)from + 16));
+        _mm512_store_si512(to + at, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+}
+
+// The same with `ROWS` rows and panels of int8, before their scales: so few that to widen tiles for the matrix unit costs
+// more than to multiply. Sums run in the order of TDPBF16PS, so that a row becomes what it becomes among many: a tile's
+// even inputs and its odd ones apart, then both.
+template <int ROWS>
+void multiply_few(const bf16* a, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles, float* c, int64_t width) {
+    __m512 sums[2][ROWS];
+    for (int row = 0; row < ROWS; row++) sums[0][row] = sums[1][row] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < k_tiles; k++) {
+        alignas(64) float x[ROWS][32];
+        __m512 even[2][ROWS], odd[2][ROWS];
+        for (int row = 0; row < ROWS; row++) {
+            _mm512_store_ps(x[row], load(a + k * 512 + row * 32));
+            _mm512_store_ps(x[row] + 16, load(a + k * 512 + row * 32 + 16));
+            even[0][row] = even[1][row] = odd[0][row] = odd[1][row] = _mm512_setzero_ps();
+        }
+        const int8_t* w[2] = {(const int8_t*)w0 + k * (TILE / 2), (const int8_t*)w1 + k * (TILE / 2)};
+        for (int pair = 0; pair < 16; pair++)
+            for (int side = 0; side < 2; side++) {
+                _mm_prefetch((const char*)w[side] + pair * 32 + AHEAD, _MM_HINT_T0);
+                const __m512 first = load(w[side] + pair * 32), second = load(w[side] + pair * 32 + 16);
+                for (int row = 0; row < ROWS; row++) {
+                    even[side][row] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[row][2 * pair]), even[side][row]);
+                    odd[side][row] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[row][2 * pair + 1]), odd[side][row]);
+                }
+            }
+        for (int row = 0; row < ROWS; row++)
+            for (int side = 0; side < 2; side++)
+                sums[side][row] = _mm512_add_ps(sums[side][row], _mm512_add_ps(even[side][row], odd[side][row]));
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int side = 0; side < 2; side++) _mm512_storeu_ps(c + row * width + side * 16, sums[side][row]);
+}
+
+// The same with `rows` rows and panels of either kind; `slot` of `wide` is where they are held.
+void multiply(const bf16* a, int64_t rows, Panel p0, Panel p1, int64_t k_tiles, float* c, int64_t width, Wide& wide,
+              int64_t slot = 0) {
+    const bool two = rows > 16;
+    if (!p0.scales) return multiply(a, two, p0.tiles, p1.tiles, k_tiles, c, width);
+    if (rows == 1) {
+        multiply_few<1>(a, p0.tiles, p1.tiles, k_tiles, c, width);
+    } else if (rows == 2) {
+        multiply_few<2>(a, p0.tiles, p1.tiles, k_tiles, c, width);
+    } else if (wide.slot) {
+        uint8_t* room = wide.room + slot * wide.slot;
+        if (wide.held[slot] != p0.tiles) {
+            widen(p0.tiles, k_tiles, room);
+            widen(p1.tiles, k_tiles, room + k_tiles * TILE);
+            wide.held[slot] = p0.tiles;
+        }
+        multiply(a, two, room, room + k_tiles * TILE, k_tiles, c, width);
+    } else {
+        clear_sums(two);
+        for (int64_t k = 0; k < k_tiles; k += SPAN) {
+            const int64_t some = min(SPAN, k_tiles - k);
+            widen(p0.tiles + k * (TILE / 2), some, wide.room);
+            widen(p1.tiles + k * (TILE / 2), some, wide.room + SPAN * TILE);
+            const bf16* from = a + k * 512;
+            accumulate(from, two ? from + k_tiles * 512 : nullptr, wide.room, wide.room + SPAN * TILE, some);
+        }
+        store_sums(two, c, width);
+    }
+    const __m512 s0 = _mm512_loadu_ps(p0.scales), s1 = _mm512_loadu_ps(p1.scales);
+    for (float* at = c; at < c + rows * width; at += width) {
+        _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), s0));
+        _mm512_storeu_ps(at + 16, _mm512_mul_ps(_mm512_loadu_ps(at + 16), s1));
+    }
 }
 
 // out [16 or 32 rows][out_width] = c [..][width] plus, in columns 0-15, `low0` times the panel b0 of an update, in 16-31
@@ -253,17 +374,23 @@ void share(Stage& stage, int64_t units, int64_t threads, Work work) {
 }
 
 // Calls work(column block, first row, rows) for all rows of `columns` column blocks, 32 rows at a time. The rows of a
-// unit meet several column blocks one after another, while they lie in the first cache.
+// unit meet several column blocks one after another, while they lie in the first cache; where `widened`, a column block
+// meets all rows of the unit, while it is held as bf16.
 template <class Work>
-void share_blocks(Stage& stage, int64_t rows, int64_t columns, int64_t threads, Work work) {
+void share_blocks(Stage& stage, int64_t rows, int64_t columns, int64_t threads, bool widened, Work work) {
     const int64_t superblocks = (rows + SUPERBLOCK - 1) / SUPERBLOCK;
     const int64_t wide = rows <= 32 ? 1 : std::clamp<int64_t>(superblocks * columns / (threads * 12), 1, 8);
     const int64_t groups = (columns + wide - 1) / wide;
     share(stage, groups * superblocks, threads, [&](int64_t unit) {
         const int64_t first = unit / groups * SUPERBLOCK, last = min(rows, first + SUPERBLOCK);
         const int64_t begin = unit % groups * wide, end = min(columns, begin + wide);
-        for (int64_t row = first; row < last; row += 32)
-            for (int64_t column = begin; column < end; column++) work(column, row, min<int64_t>(32, last - row));
+        const auto block = [&](int64_t column, int64_t row) { work(column, row, min<int64_t>(32, last - row)); };
+        if (widened)
+            for (int64_t column = begin; column < end; column++)
+                for (int64_t row = first; row < last; row += 32) block(column, row);
+        else
+            for (int64_t row = first; row < last; row += 32)
+                for (int64_t column = begin; column < end; column++) block(column, row);
     });
 }
 
@@ -547,6 +674,20 @@ std::unique_ptr<T[], Free> aligned(int64_t count) {
 
 inline int64_t padded(int64_t rows) { return (rows + 31) / 32 * 32; }
 
+// The threads' places for widened panels, where there are any; `slots` pairs of panels of up to k_tiles tiles.
+class WideRoom {
+  public:
+    WideRoom(bool any, int64_t rows, int64_t k_tiles, int64_t slots, int64_t threads)
+        : slot_(rows > 32 ? 2 * k_tiles * TILE : 0), bytes_(any ? (slot_ ? slots * slot_ : 2 * SPAN * TILE) : 0),
+          room_(any ? aligned<uint8_t>(threads * bytes_) : nullptr) {}
+    bool there() const { return !bytes_ || room_; }
+    Wide of(int64_t thread) const { return {room_.get() + thread * bytes_, slot_, {}}; }
+
+  private:
+    int64_t slot_, bytes_;
+    std::unique_ptr<uint8_t[], Free> room_;
+};
+
 inline __m512 with_bias(const float* c, const bf16* bias, int64_t column) {
     const __m512 v = _mm512_loadu_ps(c);
     return bias ? _mm512_add_ps(v, load(bias + column)) : v;
@@ -590,10 +731,13 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
     const auto input = aligned<bf16>(padded(rows) * k);
     if (!input) return -1;
     const int64_t panels = (n + 15) / 16, k_tiles = k / 32;
+    const WideRoom wide_room(matrix->scales, rows, k_tiles, 1, threads);
+    if (!wide_room.there()) return -1;
     Stage stages[2];
 #pragma omp parallel num_threads(threads)
     {
         alignas(64) float c[32 * 32];
+        Wide wide = wide_room.of(omp_get_thread_num());
         share(stages[0], rows, threads, [&](int64_t row) {
             if (norm)
                 rms_norm(x + row * k, norm, k, (float)eps, input.get(), row);
@@ -601,10 +745,10 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
                 for (int64_t i = 0; i < k; i += 32) std::memcpy(&input[place(row, i, k)], x + row * k + i, 64);
         });
         configure(min<int64_t>(rows, 16));
-        share_blocks(stages[1], rows, (panels + 1) / 2, threads, [&](int64_t task, int64_t first, int64_t count) {
-            const uint8_t* w = matrix->tiles + 2 * task * k_tiles * TILE;
-            const bool last = 2 * task + 1 == panels;
-            multiply(&input[first * k], count > 16, w, last ? w : w + k_tiles * TILE, k_tiles, c, 32);
+        const auto columns = [&](int64_t task, int64_t first, int64_t count) {
+            const int64_t second = min(2 * task + 1, panels - 1);
+            multiply(&input[first * k], count, panel_of(*matrix, 2 * task, k_tiles),
+                     panel_of(*matrix, second, k_tiles), k_tiles, c, 32, wide);
             for (int64_t row = 0; row < count; row++)
                 for (int64_t half = 0; half < 2; half++) {
                     const int64_t column = task * 32 + half * 16;
@@ -617,7 +761,8 @@ int stockade_linear(const bf16* x, int64_t rows, int64_t k, const bf16* norm, do
                     }
                     _mm256_mask_storeu_epi16(out + (first + row) * n + column, mask, (__m256i)_mm512_cvtneps_pbh(v));
                 }
-        });
+        };
+        share_blocks(stages[1], rows, (panels + 1) / 2, threads, matrix->scales, columns);
         _tile_release();
     }
     return 0;
@@ -668,11 +813,15 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
     if (!normed || !q || !mixed || !wide || !scratch) return -1;
     for (const Active& active : actives)
         if (!active.low) return -1;
+    const bool widened = last > first && layers[first].qkv.scales;
+    const WideRoom wide_room(widened, rows, std::max({hidden, width, ffn}) / 32, dim / 32, threads);
+    if (!wide_room.there()) return -1;
     const int64_t tile_rows = min<int64_t>(rows, 16), hidden_tiles = hidden / 32;
     std::vector<Stage> stages(11 * (last - first) + pool_count);
 #pragma omp parallel num_threads(threads)
     {
         Scratch& my = scratch[omp_get_thread_num()];
+        Wide held = wide_room.of(omp_get_thread_num());
         bf16* own = few ? &normed[omp_get_thread_num() * room * hidden] : normed.get();
         Stage* stage = stages.data();
         const bf16* normed_for = nullptr;  // the weight of the norm that `own` holds
@@ -746,10 +895,10 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
         // x += input times matrix
         const auto add_to_x = [&](const bf16* input, const Matrix& matrix, Update Updates::* map, int64_t k) {
             shrink(map, input, k, nullptr);
-            share_blocks(*stage++, rows, hidden / 32, threads, [&](int64_t block, int64_t from, int64_t some) {
+            share_blocks(*stage++, rows, hidden / 32, threads, widened, [&](int64_t block, int64_t from, int64_t some) {
                 if (!needed(from, some)) return;
-                const uint8_t* w = matrix.tiles + 2 * block * (k / 32) * TILE;
-                multiply(input + from * k, some > 16, w, w + k / 32 * TILE, k / 32, my.c, 32);
+                multiply(input + from * k, some, panel_of(matrix, 2 * block, k / 32),
+                         panel_of(matrix, 2 * block + 1, k / 32), k / 32, my.c, 32, held);
                 adapt(map, 2 * block, from, some, my.c, 32);
                 for (int64_t row = 0; row < some; row++)
                     for (int64_t half = 0; half < 32; half += 16) {
@@ -765,13 +914,14 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             norm(layer.input_norm);
             shrink(&Updates::qkv, own, hidden, layer.input_norm);
             const int64_t all_heads = query_heads + 2 * key_heads;
-            share_blocks(*stage++, rows, all_heads, threads, [&](int64_t head, int64_t from, int64_t some) {
+            share_blocks(*stage++, rows, all_heads, threads, widened, [&](int64_t head, int64_t from, int64_t some) {
                 norm_once(layer.input_norm);
                 for (int64_t column = 0; column < dim; column += 32) {
-                    const uint8_t* w = layer.qkv.tiles + (head * dim + column) / 16 * hidden_tiles * TILE;
-                    multiply(own + from * hidden, some > 16, w, w + hidden_tiles * TILE, hidden_tiles,
-                             my.c + column, dim);
-                    adapt(&Updates::qkv, (head * dim + column) / 16, from, some, my.c + column, dim);
+                    const int64_t panel = (head * dim + column) / 16;
+                    multiply(own + from * hidden, some, panel_of(layer.qkv, panel, hidden_tiles),
+                             panel_of(layer.qkv, panel + 1, hidden_tiles), hidden_tiles, my.c + column, dim, held,
+                             column / 32);
+                    adapt(&Updates::qkv, panel, from, some, my.c + column, dim);
                 }
                 for (int64_t row = 0; row < some; row++) {
                     float* c = my.c + row * dim;
@@ -802,12 +952,11 @@ int stockade_layers(const Shape* shape_, const Layer* layers, int64_t first, int
             add_to_x(mixed.get(), layer.o, &Updates::o, width);
             norm(layer.post_norm);
             shrink(&Updates::wide, own, hidden, layer.post_norm);
-            share_blocks(*stage++, rows, ffn / 16, threads, [&](int64_t panel, int64_t from, int64_t some) {
+            share_blocks(*stage++, rows, ffn / 16, threads, widened, [&](int64_t panel, int64_t from, int64_t some) {
                 if (!needed(from, some)) return;
                 norm_once(layer.post_norm);
-                const int64_t offset = panel * hidden_tiles * TILE;
-                multiply(own + from * hidden, some > 16, layer.gate.tiles + offset, layer.up.tiles + offset,
-                         hidden_tiles, my.c, 32);
+                multiply(own + from * hidden, some, panel_of(layer.gate, panel, hidden_tiles),
+                         panel_of(layer.up, panel, hidden_tiles), hidden_tiles, my.c, 32, held);
                 adapt(&Updates::wide, panel, from, some, my.c, 32);
                 for (int64_t row = 0; row < some; row++) {
                     const __m512 gate = with_bias(my.c + row * 32, layer.gate.bias, panel * 16);

@@ -34,7 +34,11 @@ RANKS = 16  # of a chunk of a low-rank update
 
 
 class _Matrix(Structure):
-    _fields_ = (("tiles", c_void_p), ("bias", c_void_p))
+    _fields_ = (("tiles", c_void_p), ("bias", c_void_p), ("scales", c_void_p))
+
+    @classmethod
+    def of(cls, matrix: PackedMatrix) -> _Matrix:
+        return cls(matrix.tiles.data_ptr(), _pointer(matrix.bias), _pointer(matrix.scales))
 
 
 class _Layer(Structure):
@@ -74,11 +78,16 @@ class _Pool(Structure):
 
 
 class PackedMatrix(NamedTuple):
-    """A weight [out, in] in tiles, [out / 16, in / 32, 16, 16, 2] bf16, columns padded with zeros; and its bias."""
+    """A weight [out, in] in tiles, [out / 16, in / 32, 16, 16, 2] bf16, columns padded with zeros; and its bias.
+
+    scales: of the columns, [padded out] fp32, where tiles are int8, the last two dimensions exchanged, and stand for
+    themselves times these.
+    """
 
     tiles: Tensor
     bias: Tensor | None
     out_features: int
+    scales: Tensor | None = None
 
 
 class LayerWeights(NamedTuple):
@@ -141,7 +150,7 @@ class Native:
         x = x.contiguous()
         out = x.new_empty(rows, matrix.out_features)
         if rows:
-            pointers = _Matrix(matrix.tiles.data_ptr(), _pointer(matrix.bias))
+            pointers = _Matrix.of(matrix)
             _check(
                 self._linear(
                     *(x.data_ptr(), rows, columns, _pointer(norm), eps, byref(pointers)),
@@ -173,8 +182,7 @@ class NativeLayers:
         self._layers = (_Layer * len(layers))()
         for target, layer in zip(self._layers, layers, strict=True):
             for name in ("qkv", "o", "gate", "up", "down"):
-                matrix: PackedMatrix = getattr(layer, name)
-                setattr(target, name, _Matrix(matrix.tiles.data_ptr(), _pointer(matrix.bias)))
+                setattr(target, name, _Matrix.of(getattr(layer, name)))
             for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
                 setattr(target, name, _pointer(getattr(layer, name)))
             target.window = layer.window or 0
@@ -320,29 +328,37 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_elements(out_features: int, in_features: int) -> int:
-    """How many bf16 numbers the packed form of a weight has."""
+    """How many numbers the packed form of a weight has."""
     return -(-out_features // COLUMNS) * COLUMNS * in_features
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether a weight [out, in] can be cut into tiles."""
-    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.shape[1] % INPUTS == 0
+    known = weight.dtype in (torch.bfloat16, torch.int8)
+    return weight.device.type == "cpu" and known and weight.shape[1] % INPUTS == 0
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> PackedMatrix:
-    """Cut weight [out, in] into tiles; `into` is where, flat bf16 of `packed_elements` numbers."""
+def pack(
+    weight: Tensor, bias: Tensor | None = None, into: Tensor | None = None, scales: Tensor | None = None
+) -> PackedMatrix:
+    """Cut weight [out, in] into tiles; `into` is where, flat, of its dtype and `packed_elements` numbers. scales: of
+    an int8 weight, [out] fp32."""
     out_features, in_features = weight.shape
     panels = -(-out_features // COLUMNS)
     if into is None:
         into = weight.new_empty(packed_elements(out_features, in_features))
-    tiles = into.view(panels, in_features // INPUTS, INPUTS // 2, COLUMNS, 2)
+    narrow = weight.dtype is torch.int8
+    tiles = into.view(panels, in_features // INPUTS, INPUTS // 2, *((2, COLUMNS) if narrow else (COLUMNS, 2)))
+    filled = tiles.transpose(-1, -2) if narrow else tiles
     whole = out_features // COLUMNS
     parts = weight.view(out_features, in_features // INPUTS, INPUTS // 2, 2)
-    tiles[:whole] = parts[: whole * COLUMNS].unflatten(0, (whole, COLUMNS)).permute(0, 2, 3, 1, 4)
+    filled[:whole] = parts[: whole * COLUMNS].unflatten(0, (whole, COLUMNS)).permute(0, 2, 3, 1, 4)
     if whole < panels:
-        tiles[whole].zero_()
-        tiles[whole, :, :, : out_features - whole * COLUMNS] = parts[whole * COLUMNS :].permute(1, 2, 0, 3)
-    return PackedMatrix(tiles, bias, out_features)
+        filled[whole].zero_()
+        filled[whole, :, :, : out_features - whole * COLUMNS] = parts[whole * COLUMNS :].permute(1, 2, 0, 3)
+    if scales is not None:
+        scales = torch.nn.functional.pad(scales, (0, panels * COLUMNS - out_features))
+    return PackedMatrix(tiles, bias, out_features, scales)
 
 
 def load(folder: Path) -> Native | str:

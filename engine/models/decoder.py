@@ -17,11 +17,13 @@ from ...kernels.huge_pages import collapse, prefer
 from ...kernels.linear import Linear
 from ...kernels.lora import ActiveAdapters
 from ...kernels.operations import Operations
+from ...kernels.quantized import Kind
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import rope_, rope_angles
 from ...kernels.swiglu import geglu, swiglu
 from ..errors import UnknownArchitecture
 from .bundles import default_cache
+from .eight_bits import check_sizes
 from .fused import FusedLayers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
@@ -163,8 +165,7 @@ class DecoderLayer:
         if fused:
             both = self.gate_up if self.gate_up is not None else empty(2 * config.ffn_size, hidden)
             self.wide = Linear(both, empty(2 * config.ffn_size) if config.mlp_bias else None)
-            biases = (None, None) if self.wide.bias is None else self.wide.bias.chunk(2)
-            self.gate, self.up = (Linear(*half) for half in zip(both.chunk(2), biases, strict=True))
+            self.gate, self.up = self.wide.halves()
         elif self.gate_up is not None:
             self.gate, self.up = (Linear(half) for half in self.gate_up.chunk(2))
         else:
@@ -178,6 +179,13 @@ class DecoderLayer:
         for name in ("q_norm", "k_norm", "attention_norm", "ffn_norm"):
             if (weight := getattr(self, name)) is not None:
                 setattr(self, name, weight.float() + 1)
+
+    def quantize(self, kind: Kind) -> None:
+        """Its maps become ones of 8 bits. Raises `kernels.quantized.CannotQuantize`."""
+        for linear in self.linears:
+            linear.quantize(kind)
+        if self.wide is not None:
+            self.gate, self.up = self.wide.halves()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -197,7 +205,9 @@ class Decoder:
     """All weights of a decoder, empty until its `slots` are filled, and the steps of its forward pass.
 
     depth: how many layers exist (a detector needs only those below its head). with_head: whether there is an
-    output matrix over the vocabulary. dtype: fp32 or bf16 (fp16 works where the device multiplies it).
+    output matrix over the vocabulary. dtype: fp32 or bf16 (fp16 works where the device multiplies it). weights: what
+    the maps of the layers become when they are frozen, None for what they are. The output matrix stays: its rows
+    decide between tokens a rounding error apart, and where it is the embedding, that would be kept beside it.
     """
 
     def __init__(
@@ -208,10 +218,14 @@ class Decoder:
         *,
         depth: int | None = None,
         with_head: bool = True,
+        weights: Kind | None = None,
     ) -> None:
+        if weights is not None:
+            check_sizes(config)
         self.config = config
         self.device = device
         self.dtype = dtype
+        self.weights = weights
         self.depth = config.layers if depth is None else depth
         self.embedding = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         kernels = backend.fused(device)
@@ -272,6 +286,8 @@ class Decoder:
             self.norm = None if self.norm is None else self.norm.float() + 1
         for layer in self.layers:
             layer.gate_up = None
+            if self.weights is not None:
+                layer.quantize(self.weights)
         linears = [linear for layer in self.layers for linear in layer.linears]
         linears += [] if self.head is None else [self.head]
         fits = self.fused is None and all(native.can_pack(linear.weight) for linear in linears)
@@ -281,11 +297,11 @@ class Decoder:
                 linear.pack()
             collapse(linear.weight for linear in linears)
             return
-        sizes = [native.packed_elements(*linear.weight.shape) for linear in linears]
-        arena = torch.empty(sum(sizes), device=self.device, dtype=self.dtype)
+        sizes = [native.packed_elements(*linear.weight.shape) * linear.weight.itemsize for linear in linears]
+        arena = torch.empty(sum(sizes), device=self.device, dtype=torch.uint8)
         prefer(arena)
         for linear, part in zip(linears, arena.split(sizes), strict=True):
-            linear.pack(library, part)
+            linear.pack(library, part.view(linear.weight.dtype))
         config = self.config
         fits = config.head_dim % native.INPUTS == 0 and config.head_dim <= native.MAX_HEAD_DIM
         if fits and config.like_llama and self.layers:
@@ -297,7 +313,8 @@ class Decoder:
     @property
     def way_of_running(self) -> str:
         """All that keys and values depend on beside the weights: rotary scaling, windows …"""
-        return f"{replace(self.config, rope=None)} {sorted(rope_parameters(self.config.rope).items())}"
+        rotary = sorted(rope_parameters(self.config.rope).items())
+        return f"{replace(self.config, rope=None)} {rotary} {self.weights}"
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""

@@ -104,6 +104,11 @@ class GgufFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._tensors[name].shape for name in self._order}
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any of its tensors is held in fewer bits than 16."""
+        return any(tensor.kind.name not in _PLAIN for tensor in self._tensors.values())
+
     def config(self) -> PretrainedConfig:
         """The `transformers` configuration of this file. Raises `CheckpointMismatch` where a key is missing or
         senseless, `UnknownArchitecture` for rope scalings other than none and linear."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-from ..errors import CheckpointMismatch, CheckpointMissing, UnknownArchitecture
+from ...kernels.quantized import CannotQuantize as NoEightBits
+from ...kernels.quantized import Kind
+from ..errors import CannotQuantize, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from ..outside import OutsideDetector
 from ..text import Codec
 from .adapters import Adapter, is_adapter, read_adapter
@@ -18,7 +20,9 @@ from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
+from .eight_bits import check_device
 from .eyes import read_eyes, template_with_images
+from .gguf_file import GgufFile
 from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
 from .model import Backbone, Model
@@ -95,6 +99,7 @@ def load_models(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    weights: Kind | None = None,
 ) -> ModelSet:
     """Load what an engine needs. Equal sources share one backbone.
 
@@ -105,10 +110,11 @@ def load_models(
     `onnx`); or an object that is an `OutsideDetector`. Detector and detoxifier may be adapters `Attached` to the
     MLLM's backbone; those that come with `smol` are named "smol-adapter". A probe is a `.safetensors` file with a
     head fitted on the states that the MLLM has while it answers. A bundle as model, with eyes or without, brings its
-    own detector, detoxifier and probe.
+    own detector, detoxifier and probe. weights: 8 bits for the maps of all decoders' layers, quantized as they are
+    loaded; raises `CannotQuantize` where that cannot be, before any are read.
     """
     where = _device(device)
-    loader = _Loader(where, _dtype(where, dtype))
+    loader = _Loader(where, _dtype(where, dtype), weights)
     bundle = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
     if isinstance(bundle, str | Path) and str(bundle) in BUNDLES:
         detector = bundle if detector is None else detector
@@ -160,9 +166,12 @@ class _Loaded:
 class _Loader:
     """Remembers what it loaded, so that a checkpoint named twice is in memory once."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, weights: Kind | None = None) -> None:
+        if weights is not None:
+            check_device(weights, device, dtype)
         self.device = device
         self.dtype = dtype
+        self.weights = weights
         self._loaded: dict[tuple[str, bool], _Loaded] = {}
 
     def generator(self, name: str, source: Checkpointed) -> Model:
@@ -240,10 +249,14 @@ class _Loader:
         if isinstance(source, tuple) and _is_eyes(source[0]):
             return self._with_eyes(Path(source[0]), source[1])
         checkpoint = _open(source)
+        if self.weights is not None and isinstance(checkpoint.source, GgufFile) and checkpoint.source.quantized:
+            raise CannotQuantize(
+                f"{checkpoint.path} is quantized already; weights={self.weights!r} takes weights of 16 or 32 bits"
+            )
         classifier = "score.weight" in checkpoint.shapes
         try:
             tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-            parts = _Parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied, self.device, self.dtype)
+            parts = self._parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied)
         except UnknownArchitecture as refusal:
             return self._fall_back(checkpoint, refusal)
         return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
@@ -268,6 +281,8 @@ class _Loader:
         return replace(loaded, backbone=replace(loaded.backbone, vision=vision), codec=seeing)
 
     def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
+        if self.weights is not None:
+            raise CannotQuantize(f"weights={self.weights!r} is for the engine's own decoders: {refusal}")
         # importing the module classes of transformers takes a second, and most models need none
         from .fallback_check import load_fallback
 
@@ -282,7 +297,7 @@ class _Loader:
         config = named_config(name)
         assert config is not None
         config.num_labels = 1 if classifier else config.num_labels
-        parts = _Parts(config, classifier, None, is_tied(config, False), self.device, self.dtype)
+        parts = self._parts(config, classifier, None, is_tied(config, False))
         generator = torch.Generator(self.device).manual_seed(0)
         for slot, tensor in parts.slots.items():
             tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
@@ -291,6 +306,9 @@ class _Loader:
         image = None if image_id is None else "<image>"
         codec = Codec(tokenizer, image_token=image, template_adds_specials=True)
         return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
+
+    def _parts(self, config: PretrainedConfig, classifier: bool, folder: Path | None, tied: bool) -> _Parts:
+        return _Parts(config, classifier, folder, tied, self.device, self.dtype, self.weights)
 
 
 class _Parts:
@@ -304,11 +322,12 @@ class _Parts:
         tied: bool,
         device: torch.device,
         dtype: torch.dtype,
+        weights: Kind | None = None,
     ) -> None:
         text = text_config(config)
         self.config = config
         shape = DecoderConfig.from_pretrained(text, tied)
-        self.decoder = Decoder(shape, device, dtype, with_head=not classifier)
+        self.decoder = Decoder(shape, device, dtype, with_head=not classifier, weights=weights)
         self.slots = dict(self.decoder.slots())
         self.score: Tensor | None = None
         if classifier:
@@ -328,7 +347,10 @@ class _Parts:
             self.slots.update(self.vision.slots())
 
     def finish(self, content_hash: str, codec: Codec) -> _Loaded:
-        self.decoder.freeze()
+        try:
+            self.decoder.freeze()
+        except NoEightBits as error:
+            raise CannotQuantize(f"a model cannot have weights of 8 bits: {error}") from error
         if self.vision is not None:
             self.vision.freeze(content_hash.encode(), codec.tokenizer)
         backbone = Backbone(self.decoder, content_hash, self.vision)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -203,9 +204,11 @@ def logits_of(decoder: Decoder, steps: list[list[int]], adapters: list[Updates] 
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Decoder]:
-    def make(name: str, dtype: torch.dtype = BF16, use_native: bool = True) -> Decoder:
+    def make(
+        name: str, dtype: torch.dtype = BF16, use_native: bool = True, weights: Literal["int8"] | None = None
+    ) -> Decoder:
         monkeypatch.setenv("STOCKADE_NATIVE", "1" if use_native else "0")
-        made = Decoder(DecoderConfig.from_pretrained(CONFIGS[name]()), CPU, dtype)
+        made = Decoder(DecoderConfig.from_pretrained(CONFIGS[name]()), CPU, dtype, weights=weights)
         generator = torch.Generator().manual_seed(1)
         for slot, tensor in made.slots():
             noise = torch.randn(tensor.shape, generator=generator) * (
@@ -242,6 +245,26 @@ def test_no_bit_depends_on_how_the_tokens_are_cut_into_steps(name: str, decoder:
     whole, *others = (logits_of(decoder(name), steps) for steps in STEPS.values())
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["groups of three, biases", "norms of heads", "window over blocks"])
+def test_weights_of_8_bits_are_no_less_exact_and_no_row_depends_on_others(
+    name: str, decoder: Callable[..., Decoder]
+) -> None:
+    def ours(steps: str) -> list[Tensor]:
+        made = decoder(name, weights="int8")
+        assert made.layers[0].qkv.weight.dtype is torch.int8
+        return logits_of(made, STEPS[steps], low_ranks(made.config))
+
+    exact, plain = (
+        torch.cat(logits_of(made, STEPS["whole"], low_ranks(made.config))).double()
+        for made in (decoder(name, torch.float32, weights="int8"), decoder(name, BF16, False, "int8"))
+    )
+    whole = ours("whole")
+    assert (torch.cat(whole) - exact).norm() <= (plain - exact).norm()
+    for steps in ("in chunks", "decoding"):
+        assert all(torch.equal(a, b) for a, b in zip(whole, ours(steps), strict=True))
 
 
 @needs_native
@@ -467,6 +490,22 @@ def test_a_packed_map_is_no_less_exact_than_pytorch(shape: tuple[int, int], bias
     exact = F.linear(wide, weight.double(), None if offset is None else offset.double())
     theirs = F.linear(rms_norm(x, norm, 1e-5), weight, offset)
     assert (linear.after_norm(x, norm, 1e-5) - exact).norm() <= (theirs - exact).norm()
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(16, 64), (48, 96), (64, 1536)])
+def test_a_packed_map_of_8_bits_multiplies_what_is_stored(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    linear = Linear(torch.randn(shape, generator=generator).bfloat16(), torch.randn(shape[0]).bfloat16())
+    linear.quantize("int8")
+    assert linear.quantized is not None and linear.bias is not None and isinstance(LOADED, Native)
+    stored = linear.quantized.weight.double() * linear.quantized.scale.double()[:, None]
+    linear.pack(LOADED)
+    x = torch.randn(70, shape[1], generator=generator).bfloat16()
+    whole, exact = linear(x), F.linear(x.double(), stored, linear.bias.double())
+    assert (whole - exact).abs().max() <= exact.abs().max() * 2**-8
+    for rows in (1, 2, 3, 16, 17, 33):  # one by one, in tiles as they come, and in panels that are kept
+        assert torch.equal(linear(x[:rows]), whole[:rows])
 
 
 def test_odd_shapes_and_other_dtypes_are_not_packed() -> None:

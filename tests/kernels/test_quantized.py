@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stockade.kernels.quantized import FP8, LARGEST, CannotQuantize, QuantizedLinear, quantize_rows
+from stockade.kernels.quantized import FP8, LARGEST, CannotQuantize, Kind, QuantizedLinear, quantize_rows
 
 NAN = float("nan")
 
@@ -45,15 +45,23 @@ def test_fp8_products_are_those_of_the_stored_numbers(rows: int, biased: bool) -
     assert (got - plain).norm() / plain.norm() < 0.06  # three bits of mantissa on both sides
 
 
+@pytest.mark.parametrize("rows", [5, 40])  # widened on their way, and before
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_int8_products_are_those_of_the_stored_numbers(dtype: torch.dtype) -> None:
-    x, weight = made(5, 64, 48, dtype)
+def test_int8_products_are_those_of_the_stored_numbers(dtype: torch.dtype, rows: int) -> None:
+    x, weight = made(rows, 64, 48, dtype)
     linear = QuantizedLinear(weight, "int8")
     want = x.double() @ (linear.weight.double() * linear.scale.to(dtype).double().unsqueeze(1)).T
     got = linear(x)
     assert got.dtype is dtype
     torch.testing.assert_close(got.double(), want, rtol=2**-6 if dtype is torch.bfloat16 else 2e-3, atol=0.05)
     assert (got - x.double() @ weight.double().T).norm() / want.norm() < 0.015
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_halves_are_those_of_the_outputs(kind: Kind) -> None:
+    x, weight = made(3, 64, 64, torch.bfloat16)
+    both = QuantizedLinear(weight, kind, torch.arange(64).bfloat16())
+    assert torch.equal(torch.cat([half(x) for half in both.halves()], 1), both(x))
 
 
 def test_what_is_no_number_stays_none() -> None:
