@@ -46,6 +46,9 @@ WeightsOption = Annotated[
     str | None,
     typer.Option("--weights", help="int8 or fp8 (CUDA): the layers' weights in 8 bits. (default: in --dtype)"),
 ]
+KvDtypeOption = Annotated[
+    str | None, typer.Option("--kv-dtype", help="fp8: keys and values in half the bytes. (default: as --dtype)")
+]
 GuardOption = Annotated[str, typer.Option("--guard", help=f"{', '.join(GUARDS)}.")]
 ThresholdOption = Annotated[
     float | None, typer.Option("--threshold", help="Harmful is a score below it. (default: the guard's own)")
@@ -120,6 +123,7 @@ def demo(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvDtypeOption = None,
     max_tokens: MaxTokensOption = 96,
     out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
 ) -> None:
@@ -135,7 +139,7 @@ def demo(
     console = Console(highlight=False)
     console.print(introduction(model, len(asked), names))
     guards = {name: guard_named(name) for name in names}
-    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
     results = Results()
     with console.status("answering …") as status:
         for number, item in enumerate(answer_all(engine, asked, guards, max_tokens), 1):
@@ -166,6 +170,7 @@ def profile(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvDtypeOption = None,
     max_tokens: MaxTokensOption = 64,
     out: Annotated[Path, typer.Option("--out", help="Folder for trace.json and trace.png.")] = Path("out"),
 ) -> None:
@@ -176,7 +181,7 @@ def profile(
     texts = [item.text for item in (demo_questions() if questions is None else read_questions(questions))]
     console = Console(highlight=False)
     chosen = guard_named(guard, threshold)
-    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
 
     from .engine.sampling import SamplingParams
 
@@ -206,13 +211,14 @@ def chat(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvDtypeOption = None,
     temperature: TemperatureOption = 0.0,
     max_tokens: MaxTokensOption = 256,
 ) -> None:
     """Talk with a model under a guard. Questions may come from a pipe, one a line."""
     console = Console(highlight=False)
     chosen, mode = guard_named(guard, threshold, published), release_named(release)
-    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
 
     from .engine.sampling import SamplingParams
     from .talk import Talk
@@ -241,6 +247,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvDtypeOption = None,
     temperature: TemperatureOption = 0.0,
     max_tokens: MaxTokensOption = 256,
     ahead: Annotated[int, typer.Option("--ahead", min=1, help="Requests under way at a time.")] = 64,
@@ -259,7 +266,7 @@ def generate(
         if target.exists() and target.samefile(source):
             raise BadInput("IN and OUT are the same file")
     chosen = guard_named(guard, threshold, published)
-    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
 
     import json
 
@@ -346,6 +353,7 @@ def serve(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvDtypeOption = None,
 ) -> None:
     """Serve OpenAI's API, a web page and metrics; every reply goes through the guard.
 
@@ -390,11 +398,13 @@ def serve(
         except ImportError as error:
             raise BadInput(f"--ray needs {error.name}: pip install 'stockade[ray]'") from None
         scale = Scale.sharing(cores(), replicas, max_replicas, detector_replicas)
-        serve_on_ray(EngineNames(model, detector, detoxifier, device, dtype, weights), serving, scale, console.print)
+        serve_on_ray(
+            EngineNames(model, detector, detoxifier, device, dtype, weights, kv_dtype), serving, scale, console.print
+        )
         return
     if replicas > 1 or max_replicas is not None or detector_replicas:
         raise BadInput("replicas run on Ray Serve: add --ray")
-    engine = _engine(console, model, detector, detoxifier, device, dtype, weights)
+    engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
     run(engine, serving, console.print)
 
 
@@ -560,7 +570,8 @@ def _engine(
     device: str | None,
     dtype: str | None,
     weights: str | None,
+    kv_dtype: str | None,
 ) -> Engine:
     """Load an engine, and say so where somebody is looking. Raises `BadInput` and what `Engine` raises."""
     with console.status(f"loading {model} …"):
-        return EngineNames(model, detector, detoxifier, device, dtype, weights).engine()
+        return EngineNames(model, detector, detoxifier, device, dtype, weights, kv_dtype).engine()

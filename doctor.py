@@ -110,6 +110,7 @@ def _engine() -> Iterator[Fact]:
     if engine.device.type == "cpu":
         yield _native()
     yield from _kernels(engine.device)
+    yield _eight_bits(engine.device)
     yield Fact("page pool (kv_bytes)", _size(engine.pool.arena.nbytes))
     yield Fact("self-test", "a tiny random model answered under a guard")
 
@@ -142,6 +143,17 @@ def _kernels(device: torch.device) -> Iterator[Fact]:
             yield Fact(topic, f"Triton {metadata.version('triton')}" + (f", {why}" if why else ""))
         else:
             yield Fact(topic, f"plain torch; {why}", "note" if each.type == "cuda" else "ok")
+
+
+def _eight_bits(device: torch.device) -> Fact:
+    """Which weights and pages of 8 bits an engine can have here."""
+    from .engine.models.eight_bits import missing_for
+
+    if (missing := missing_for("fp8", device)) is None:
+        return Fact("8 bits", "weights int8 or fp8, pages fp8")
+    if device.type == "cpu":
+        return Fact("8 bits", "weights int8; pages fp8, slowly (fp8 weights need a GPU)")
+    return Fact("8 bits", f"weights int8; no fp8: {missing}")
 
 
 def _onnx_runtime() -> Iterator[Fact]:

@@ -32,7 +32,7 @@ from rich.table import Table
 from ..doctor import cores
 from .document import Document, Session
 from .gpu_kernels import decode_attention, fusions, pooled_head, prefill_attention
-from .gpu_models import beside_detection, beside_transformers, decode_steps
+from .gpu_models import beside_detection, beside_transformers, decode_steps, eight_bit_steps
 from .gpu_parts import TINY, Figure, Measure, Sizes
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,7 @@ PARTS = {
     "prefill attention": Part(prefill_attention, 60.0),
     "pooled head": Part(pooled_head, 40.0),
     "decode steps": Part(decode_steps, 150.0),  # the first to compile what models need
+    "8 bits": Part(eight_bit_steps, 120.0),
     "beside transformers": Part(beside_transformers, 120.0),
     "detection": Part(beside_detection, 120.0),
 }

@@ -6,6 +6,7 @@ What a step takes is the time from its beginning to the next one's, so that noth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
 from time import perf_counter
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from ..engine.engine import Engine
 from ..engine.guards import Guard
 from ..engine.guards.heads import HarmHead
+from ..engine.models.eight_bits import missing_for
 from ..engine.models.shapes import named_config
 from ..engine.sampling import SamplingParams
 from ..engine.trace import Recorder
@@ -31,15 +33,40 @@ SPEEDUPS = {1: 5.0, 64: 2.5}  # against `transformers`, by batch
 
 def decode_steps(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
     """Steps that do nothing but decode, at a context that is about as long in all of them."""
-    engine = Engine(sizes.model, device=device, dtype=torch.bfloat16, kv_bytes=sizes.kv_bytes)
+    for batch, figure in _steps(sizes, device):
+        yield replace(figure, target=TARGETS.get(batch))
+
+
+def eight_bit_steps(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
+    """The same steps with weights of 8 bits, and with pages of fp8, where the device has them."""
+    kinds: list[tuple[str, str | None, str | None]] = [("int8 weights", "int8", None)]
+    if missing_for("fp8", device) is None:
+        kinds += [("fp8 weights", "fp8", None), ("fp8 pages", None, "fp8"), ("fp8 weights and pages", "fp8", "fp8")]
+    elif device.type == "cpu":
+        kinds.append(("fp8 pages", None, "fp8"))
+    for name, weights, kv_dtype in kinds:
+        for _, figure in _steps(sizes, device, weights, kv_dtype):
+            yield replace(figure, part="8 bits", what=f"{name}, {figure.what}")
+
+
+def _steps(
+    sizes: Sizes, device: torch.device, weights: str | None = None, kv_dtype: str | None = None
+) -> Iterator[tuple[int, Figure]]:
+    engine = Engine(
+        sizes.model,
+        device=device,
+        dtype=torch.bfloat16,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        kv_bytes=sizes.kv_bytes,
+    )
     for batch in sizes.batches:
         took: list[float] = []
         for round in range(2):  # the first warms up: compiles, captures
             prompts = _prompts(engine, batch, sizes.context - sizes.steps // 2, round)
             took = _decoding(engine, prompts, sizes.steps, batch)
         spread = Spread.of(took)
-        target = TARGETS.get(batch)
-        yield Figure("decode steps", f"batch {batch}", spread.median * 1e3, "ms", target, samples=_in_ms(took))
+        yield batch, Figure("decode steps", f"batch {batch}", spread.median * 1e3, "ms", samples=_in_ms(took))
 
 
 def beside_transformers(sizes: Sizes, device: torch.device) -> Iterator[Figure]:

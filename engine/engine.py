@@ -52,8 +52,9 @@ class Engine:
     probe. `models` takes their place when they are loaded already; engines may share them.
     device: "cpu" or "cuda"; None takes CUDA where there is one. dtype: None takes bf16 where the device
     multiplies it, fp32 elsewhere. weights: "int8" or "fp8" (CUDA from sm_89 on) for the maps of all decoders'
-    layers, quantized as they are loaded; None leaves them. kv_bytes: size of the page pool; None takes a quarter of
-    what is free.
+    layers, quantized as they are loaded; None leaves them. kv_dtype: "fp8" for pages of half the bytes, with a scale
+    for each layer and head that is measured when a model is loaded; None for those of `dtype`. kv_bytes: size of the
+    page pool; None takes a quarter of what is free.
     max_batch_tokens: tokens that one step computes for one backbone. max_sequences: how many hold pages at once.
 
     Not thread-safe: one thread calls it. Raises a `CheckpointError` when a model cannot be loaded.
@@ -70,6 +71,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: str | None = None,
+        kv_dtype: str | None = None,
         kv_bytes: int | None = None,
         max_batch_tokens: int | None = None,
         max_sequences: int = 128,
@@ -87,7 +89,9 @@ class Engine:
             if model is None:
                 raise BadInput("name a model: a checkpoint folder, a GGUF file, a bundle or a named shape")
             kind = None if weights is None else weights_named(weights)
-            models = load_models(model, detector, detoxifier, probe, device=device, dtype=dtype, weights=kind)
+            models = load_models(
+                model, detector, detoxifier, probe, device=device, dtype=dtype, weights=kind, kv_dtype=kv_dtype
+            )
         cuda = models.device.type == "cuda"
         self.models = models.models
         self.device = models.device

@@ -36,6 +36,7 @@ class EngineNames:
     device: str | None = None
     dtype: str | None = None
     weights: str | None = None
+    kv_dtype: str | None = None
 
     def engine(self, outside: OutsideDetector | None = None) -> Engine:
         """Load it. outside: a detector in place of the named one. Raises `BadInput` and what `Engine` raises."""
@@ -52,6 +53,7 @@ class EngineNames:
             device=None if self.device is None else device_named(self.device),
             dtype=None if self.dtype is None else getattr(torch, DTYPES[self.dtype]),
             weights=self.weights,
+            kv_dtype=self.kv_dtype,
         )
 
 

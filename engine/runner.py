@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.lora import ActiveAdapters
 from ..kernels.operations import Operations
-from ..kernels.paged_attention import paged_attention, write_kv
+from ..kernels.paged_attention import paged_attention, widened, write_kv
 from ..kernels.pooled_logit import pool_add
 from .batch import Batch, Group, build_batch, in_batch_order, sent
 from .decoding import Decoding, Row, Shapes
@@ -400,13 +400,16 @@ def _wanted(batch: Batch, groups: list[Group], last: int, rows: int) -> Tensor |
 
 
 def _attend(backbone: Backbone, groups: list[Group], layer: int, qkv: Tensor) -> Tensor:
-    config = backbone.decoder.config
+    config, scales = backbone.decoder.config, backbone.decoder.kv_scales
+    kv_scale = None if scales is None else scales[layer]
     outs = []
     for group in groups:
         rows = qkv if len(groups) == 1 else qkv[group.start : group.stop]
         cache = group.layers[layer]
-        write_kv(cache, group.write_rows, rows[:, config.heads :])
+        write_kv(cache, group.write_rows, rows[:, config.heads :], kv_scale)
         spans = group.spans(config.windows[layer])
+        if kv_scale is not None:
+            cache, spans = widened(cache, spans, kv_scale, qkv.dtype)
         scale, cap = config.attention_scale, config.attention_cap
         outs.append(paged_attention(rows[:, : config.heads], cache, spans, scale, cap))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -12,6 +12,7 @@ import torch
 from ..kernels.paged_attention import LayerKV
 from ..kernels.ragged import RaggedTables
 from .batch import sent
+from .errors import DoesNotFit
 from .models.fused import FusedGroup, FusedPart, RowAdapters
 
 if TYPE_CHECKING:
@@ -25,8 +26,20 @@ LONG = 129  # rows: more than of the largest tile of a few, in attention and in 
 def warm_up(backbone: Backbone, layout: KVLayout, caches: list[LayerKV], context: int, heads: Iterable[Head]) -> None:
     """Launch every variant of the fused layers' kernels once, on the current stream. Nothing is written to the pool.
 
-    layout, caches: of the deepest model on this backbone; context: the longest.
+    layout, caches: of the deepest model on this backbone; context: the longest. Raises `DoesNotFit` where the device
+    has no memory left for it.
     """
+    try:
+        _launch_all(backbone, layout, caches, context, heads)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"{backbone.decoder.device} has no memory left to compute {LONG} tokens; kv_bytes has to be smaller"
+        ) from error
+
+
+def _launch_all(
+    backbone: Backbone, layout: KVLayout, caches: list[LayerKV], context: int, heads: Iterable[Head]
+) -> None:
     decoder, device = backbone.decoder, backbone.decoder.device
     fused, config = decoder.fused, decoder.config
     assert fused is not None

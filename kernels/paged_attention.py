@@ -16,6 +16,7 @@ from torch import Tensor
 from .ragged import RaggedTables
 
 TILE_ROWS, TILE_COLUMNS = 32, 64
+FP8 = torch.float8_e4m3fn
 
 
 class LayerKV(NamedTuple):
@@ -62,9 +63,39 @@ class DecodeGroup(NamedTuple):
 Span: TypeAlias = SequenceSpan | DecodeGroup
 
 
-def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor) -> None:
-    """Store kv [tokens, 2 * kv_heads, head_dim] (keys first) at `rows` [tokens] of the pool."""
-    cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
+def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor, scale: Tensor | None = None) -> None:
+    """Store kv [tokens, 2 * kv_heads, head_dim] (keys first) at `rows` [tokens] of the pool.
+
+    scale: [2 * kv_heads] fp32 of pages of fp8: what is stored times it is the number; beyond the largest, it is that.
+    """
+    if scale is None:
+        cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
+        return
+    largest = torch.finfo(FP8).max
+    narrow = (kv.float() / scale.unsqueeze(1)).clamp(-largest, largest).to(FP8)
+    # torch moves no numbers of 8 bits by an index, but bytes
+    cache.kv.view(torch.uint8).index_copy_(1, rows, narrow.view(torch.uint8).transpose(0, 1))
+
+
+def widened(cache: LayerKV, spans: Sequence[Span], scale: Tensor, dtype: torch.dtype) -> tuple[LayerKV, list[Span]]:
+    """What spans read of pages of fp8, side by side in a wider dtype, and the spans over that. scale: as above."""
+    runs: list[tuple[int, int]] = []
+    moved: list[Span] = []
+    row = 0
+    for span in spans:
+        first = row
+        if isinstance(span, DecodeGroup):
+            own = [(span.row + index * span.step, span.length) for index in range(span.sequences)]
+            moved.append(span._replace(row=first, step=span.length))
+        else:
+            own = list(span.runs)
+            moved.append(span._replace(runs=((first, sum(count for _, count in own)),)))
+        runs += own
+        row = first + sum(count for _, count in own)
+    parts = [cache.kv.narrow(1, start, count).view(torch.uint8) for start, count in runs]
+    wide = (torch.cat(parts, 1).view(FP8).float() * scale[:, None, None]).to(dtype)
+    keys, values = wide.chunk(2)
+    return LayerKV(wide, keys.unsqueeze(0), values.unsqueeze(0)), moved
 
 
 def paged_attention(

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from .lora import LoraStack, LowRank, add_low_rank_
-from .paged_attention import LayerKV, SequenceSpan, causal_mask, write_kv
+from .paged_attention import LayerKV, SequenceSpan, Span, causal_mask, widened, write_kv
 from .paged_attention import paged_attention as attend
 from .ragged import RaggedTables
 from .rms_norm import rms_norm
 from .rope import rope_
 from .swiglu import geglu, swiglu
-
-FP8 = torch.float8_e4m3fn
 
 
 def add_rms_norm(
@@ -57,13 +55,10 @@ def rope_write(
         rotated[:, heads:] = rms_norm(rotated[:, heads:], k_norm, eps)
     rope_(rotated, cos, sin)
     kv = qkv[:, heads:]
-    if kv_scale is not None:
-        largest = torch.finfo(FP8).max
-        kv = (kv.float() / kv_scale.unsqueeze(1)).clamp(-largest, largest).to(FP8)
     kept = write_rows >= 0
     if not bool(kept.all()):
         write_rows, kv = write_rows[kept], kv[kept]
-    write_kv(cache, write_rows.long(), kv)
+    write_kv(cache, write_rows.long(), kv, kv_scale)
 
 
 def paged_attention(
@@ -83,11 +78,9 @@ def paged_attention(
     sees, itself included. cap, kv_scale: as of `kernels.paged_attention` and `rope_write`. sees: [rows] int32, how
     many tokens of its context, from the first on, a row sees, where not those up to itself.
     """
-    if kv_scale is not None:
-        wide = (cache.kv.float() * kv_scale[:, None, None]).to(q.dtype)
-        keys, values = wide.chunk(2)
-        cache = LayerKV(wide, keys.unsqueeze(0), values.unsqueeze(0))
-    spans = spans_of(tables, window, sees)
+    spans: list[Span] = list(spans_of(tables, window, sees))
+    if kv_scale is not None and spans:
+        cache, spans = widened(cache, spans, kv_scale, q.dtype)
     result = q.new_zeros(len(q), q.shape[1] * q.shape[2]) if out is None else out.zero_()
     if spans:
         found = attend(q, cache, spans, scale, cap)

@@ -237,6 +237,7 @@ class Decoder:
             weight = self.embedding if config.tied else torch.empty_like(self.embedding)
             self.head = Linear(weight)
         self.native: native.NativeLayers | None = None
+        self.kv_scales: Tensor | None = None
         self.fused: FusedLayers | None = None
         if kernels is not None:
             self.fused = FusedLayers(config, self.layers, Operations.of(kernels))
@@ -290,7 +291,8 @@ class Decoder:
                 layer.quantize(self.weights)
         linears = [linear for layer in self.layers for linear in layer.linears]
         linears += [] if self.head is None else [self.head]
-        fits = self.fused is None and all(native.can_pack(linear.weight) for linear in linears)
+        fits = self.fused is None and self.dtype is torch.bfloat16
+        fits = fits and all(native.can_pack(linear.weight) for linear in linears)
         library = native.load(default_cache()) if fits else None
         if not isinstance(library, native.Native):
             for linear in linears:
@@ -309,6 +311,13 @@ class Decoder:
             self.native = native.NativeLayers(
                 library, weights, config.heads, config.kv_heads, config.head_dim, config.norm_eps
             )
+
+    def narrow_pages(self, scales: Tensor) -> None:
+        """From now on its keys and values are fp8 in pages. scales: [layers, 2 * kv_heads] fp32. Native layers, which
+        know bf16 pages only, run no longer; their maps do."""
+        self.kv_scales, self.native = scales, None
+        if self.fused is not None:
+            self.fused.kv_scales = scales
 
     @property
     def way_of_running(self) -> str:

@@ -1,6 +1,4 @@
-"""Weights of 8 bits: where they can be asked for, and for which models. The products are `kernels.quantized`'s, and
-on CPUs with AMX `native.cpp`'s.
-"""
+"""Weights and pages of 8 bits: where they can be asked for, and for which models. It computes nothing."""
 
 from __future__ import annotations
 
@@ -41,6 +39,15 @@ def missing_for(kind: Kind, device: torch.device) -> str | None:
         least = ".".join(map(str, FP8_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, fp8 needs {least}"
     return None
+
+
+def check_pages(name: str, device: torch.device) -> None:
+    """Raise `BadInput` for pages of another dtype than fp8, `CannotQuantize` for a GPU without it; on a CPU torch
+    casts it, slowly."""
+    if name != "fp8":
+        raise BadInput(f"kv_dtype may be fp8, or left as the model's, not {name!r}")
+    if device.type == "cuda" and (missing := missing_for("fp8", device)) is not None:
+        raise CannotQuantize(f"kv_dtype='fp8': {missing}")
 
 
 def check_sizes(config: DecoderConfig) -> None:

@@ -104,6 +104,7 @@ class FallbackDecoder:
 
     native: NativeLayers | None = None
     fused: FusedLayers | None = None
+    kv_scales: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a model over: its list of layers and its attention are replaced.

@@ -90,6 +90,7 @@ class FusedLayers:
         self._config = config
         self._layers = layers
         self.operations = operations
+        self.kv_scales: Tensor | None = None  # [layers, 2 * kv_heads] fp32 of pages of fp8
         self._stacked: tuple[list[Updates], Stacks] = [], {}
 
     def stacks(self, adapters: list[Updates]) -> Stacks:
@@ -161,12 +162,15 @@ class FusedLayers:
         scale, cap = config.attention_scale, config.attention_cap
         rows = slice(group.start, group.stop)
         qkv, (cos, sin) = qkv[rows], (side[rows] for side in angles)
-        operations.rope_write(qkv, cos, sin, cache, group.write_rows, layer.q_norm, layer.k_norm, config.norm_eps)
+        kv_scale = None if self.kv_scales is None else self.kv_scales[index]
+        operations.rope_write(
+            *(qkv, cos, sin, cache, group.write_rows, layer.q_norm, layer.k_norm, config.norm_eps), kv_scale=kv_scale
+        )
         queries = qkv[:, : config.heads]
         out = queries.new_empty(len(queries), config.heads * config.head_dim)
         for start, stop, tables, sees in group.parts:
             operations.paged_attention(
-                *(queries[start:stop], cache, tables, scale, window, cap), sees=sees, out=out[start:stop]
+                *(queries[start:stop], cache, tables, scale, window, cap, kv_scale), sees=sees, out=out[start:stop]
             )
         return out
 

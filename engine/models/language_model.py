@@ -42,8 +42,9 @@ class LanguageModel(Protocol):
     """A ragged batch goes through `embed`, `block` for each layer below its depth, and `logits`.
 
     depth: how many layers there are. head: the output matrix over the vocabulary, None without one. native, fused:
-    what runs several layers at once, where there is such. way_of_running: all that keys and values depend on beside
-    the weights.
+    what runs several layers at once, where there is such. kv_scales: [layers, 2 * kv_heads] fp32 where pages hold
+    keys and values in fp8: what is stored times it is the number. way_of_running: all that these depend on
+    beside the weights.
     """
 
     device: torch.device
@@ -52,6 +53,7 @@ class LanguageModel(Protocol):
     head: Any
     native: NativeLayers | None
     fused: FusedLayers | None
+    kv_scales: Tensor | None
 
     @property
     def config(self) -> LanguageModelConfig: ...

@@ -20,11 +20,12 @@ from .attached import AttachedAdapter
 from .bundles import smol_folder
 from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
-from .eight_bits import check_device
+from .eight_bits import check_device, check_pages
 from .eyes import read_eyes, template_with_images
 from .gguf_file import GgufFile
 from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
+from .kv_scales import TEXT, measured
 from .model import Backbone, Model
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
 from .vision.adapter import VisionAdapter
@@ -100,6 +101,7 @@ def load_models(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     weights: Kind | None = None,
+    kv_dtype: str | None = None,
 ) -> ModelSet:
     """Load what an engine needs. Equal sources share one backbone.
 
@@ -111,10 +113,11 @@ def load_models(
     MLLM's backbone; those that come with `smol` are named "smol-adapter". A probe is a `.safetensors` file with a
     head fitted on the states that the MLLM has while it answers. A bundle as model, with eyes or without, brings its
     own detector, detoxifier and probe. weights: 8 bits for the maps of all decoders' layers, quantized as they are
-    loaded; raises `CannotQuantize` where that cannot be, before any are read.
+    loaded. kv_dtype: "fp8" for keys and values in pages of 8 bits. Both raise `CannotQuantize` where they cannot be,
+    before any weights are read.
     """
     where = _device(device)
-    loader = _Loader(where, _dtype(where, dtype), weights)
+    loader = _Loader(where, _dtype(where, dtype), weights, kv_dtype)
     bundle = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
     if isinstance(bundle, str | Path) and str(bundle) in BUNDLES:
         detector = bundle if detector is None else detector
@@ -166,12 +169,17 @@ class _Loaded:
 class _Loader:
     """Remembers what it loaded, so that a checkpoint named twice is in memory once."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, weights: Kind | None = None) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, weights: Kind | None = None, kv_dtype: str | None = None
+    ) -> None:
         if weights is not None:
             check_device(weights, device, dtype)
+        if kv_dtype is not None:
+            check_pages(kv_dtype, device)
         self.device = device
         self.dtype = dtype
         self.weights = weights
+        self.kv_dtype = kv_dtype
         self._loaded: dict[tuple[str, bool], _Loaded] = {}
 
     def generator(self, name: str, source: Checkpointed) -> Model:
@@ -281,8 +289,9 @@ class _Loader:
         return replace(loaded, backbone=replace(loaded.backbone, vision=vision), codec=seeing)
 
     def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
-        if self.weights is not None:
-            raise CannotQuantize(f"weights={self.weights!r} is for the engine's own decoders: {refusal}")
+        for name, asked in (("weights", self.weights), ("kv_dtype", self.kv_dtype)):
+            if asked is not None:
+                raise CannotQuantize(f"{name}={asked!r} is for the engine's own decoders: {refusal}")
         # importing the module classes of transformers takes a second, and most models need none
         from .fallback_check import load_fallback
 
@@ -308,7 +317,7 @@ class _Loader:
         return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
 
     def _parts(self, config: PretrainedConfig, classifier: bool, folder: Path | None, tied: bool) -> _Parts:
-        return _Parts(config, classifier, folder, tied, self.device, self.dtype, self.weights)
+        return _Parts(config, classifier, folder, tied, self.device, self.dtype, self.weights, self.kv_dtype)
 
 
 class _Parts:
@@ -323,9 +332,11 @@ class _Parts:
         device: torch.device,
         dtype: torch.dtype,
         weights: Kind | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         text = text_config(config)
         self.config = config
+        self.kv_dtype = kv_dtype
         shape = DecoderConfig.from_pretrained(text, tied)
         self.decoder = Decoder(shape, device, dtype, with_head=not classifier, weights=weights)
         self.slots = dict(self.decoder.slots())
@@ -351,6 +362,8 @@ class _Parts:
             self.decoder.freeze()
         except NoEightBits as error:
             raise CannotQuantize(f"a model cannot have weights of 8 bits: {error}") from error
+        if self.kv_dtype is not None:
+            self.decoder.narrow_pages(measured(self.decoder, codec.encode_text(TEXT)))
         if self.vision is not None:
             self.vision.freeze(content_hash.encode(), codec.tokenizer)
         backbone = Backbone(self.decoder, content_hash, self.vision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ...kernels.paged_attention import FP8
 from ..kv_pages import KVLayout
 from ..text import Codec
 from .attached import AttachedAdapter
@@ -77,5 +78,5 @@ class Model:
 
     def layout(self, tokens_per_page: int) -> KVLayout:
         config = self.backbone.decoder.config
-        dtype = self.backbone.decoder.dtype
+        dtype = self.backbone.decoder.dtype if self.backbone.decoder.kv_scales is None else FP8
         return KVLayout(self.depth, config.kv_heads, config.head_dim, dtype, tokens_per_page)

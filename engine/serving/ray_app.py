@@ -89,6 +89,7 @@ class AppArgs(BaseModel):
     device: str | None = None
     dtype: str | None = None
     weights: str | None = None
+    kv_dtype: str | None = None
     guard: str = "protector"
     allow: list[str] = []
     threshold: float | None = None
@@ -128,7 +129,7 @@ def app(args: AppArgs) -> serve.Application:
     policy = Policy(guards, args.guard, release_named(args.release), loosest)
     settings = {name: given[name] for name in Serving.__dataclass_fields__ if name in given and name != "model"}
     return application(
-        EngineNames(args.model, args.detector, args.detoxifier, args.device, args.dtype, args.weights),
+        EngineNames(args.model, args.detector, args.detoxifier, args.device, args.dtype, args.weights, args.kv_dtype),
         Serving(Path(args.model).name, policy, **settings),
         Scale(**{name: given[name] for name in Scale.__dataclass_fields__}),
     )
