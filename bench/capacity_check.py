@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import count
-from math import ceil
-from random import Random
-from statistics import median
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from .capacity import latency
-from .cost_fit import FittedCosts, fit, measured_steps
+from .cost_fit import FittedCosts, measured_steps
 from .document import BadDocument, Document, as_written
 from .driving import Served
 from .guard_programs import GUARDS, Asked, Sizes, models_of, stages
 from .objective import Objective
+from .pace import fit_at_mean_pace
 from .replica import Job, Limits, Placement, Replica, simulate
-from .throughput import RAMP
-from .traffic import Item, arrivals
+from .throughput import Load, asked, seeded
+from .traffic import Item, faster
 from .traffic import Sizes as Requests
 
 TEMPLATE = 30  # tokens of SmolLM2's chat template, where images make it impossible to tell
@@ -29,18 +27,33 @@ TEMPLATE = 30  # tokens of SmolLM2's chat template, where images make it impossi
 
 @dataclass(frozen=True)
 class Measured:
-    """What a `bench throughput` says of the engine: costs, limits, sizes of requests and the objective."""
+    """What a `bench throughput` says of the engine: costs at the machine's mean speed, how many times as long they
+    were around each piece, limits, sizes of requests and the objective."""
 
     costs: FittedCosts
+    paces: Mapping[str, float]
     limits: Limits
     sizes: Sizes
     requests: Requests
     objective: Objective
 
 
+class Piece(NamedTuple):
+    """A load of one round. replies: seconds of those that count; ended: requests in the `seconds` of its window."""
+
+    replies: list[float]
+    ended: int
+    seconds: float
+
+    @classmethod
+    def of_unit(cls, unit: Mapping[str, Any]) -> Piece:
+        return cls([Served(*one).e2e for one in unit["served"]], unit["requests"], unit["seconds"])
+
+
 class Compared(NamedTuple):
-    """One load under one guard; predicted over measured is what counts. Seconds of whole replies, in the median and
-    at the 95th percentile, and requests a second."""
+    """One load under one guard; predicted over measured is what counts. Seconds of whole replies: the rounds' medians
+    in the mean, since a machine that is slow in some rounds has two medians, and the 95th percentile; and requests a
+    second."""
 
     guard: str
     loop: str
@@ -60,8 +73,8 @@ class Compared(NamedTuple):
 
 
 def read_run(document: Document, leave_out: tuple[str, ...] = ()) -> Measured:
-    """Raises `BadDocument` for what no `bench throughput` has written, and as `fit` does. leave_out: see
-    `measured_steps`."""
+    """Raises `BadDocument` for what no `bench throughput` has written, and as `fit` does. leave_out: pieces that
+    costs are not fitted to."""
     try:
         settings = document.settings
         requests = Requests(**settings["sizes"])
@@ -71,147 +84,132 @@ def read_run(document: Document, leave_out: tuple[str, ...] = ()) -> Measured:
         raise BadDocument(f"the settings are not those of a `bench throughput`: {error!r}") from None
     cuda = document.machine.get("accelerator") is not None
     limits = Limits(8192, 128, 64, 16) if cuda else Limits()
-    costs = fit(measured_steps(document, leave_out), f"steps of {settings.get('model')} in {document.started}")
-    return Measured(costs, limits, sizes, requests, objective)
+    source = f"steps of {settings.get('model')} in {document.started}"
+    costs, paces = fit_at_mean_pace(measured_steps(document), source, leave_out)
+    return Measured(costs, paces, limits, sizes, requests, objective)
 
 
 def _sizes(document: Document, requests: Requests) -> Sizes:
-    """From the prompts of unguarded requests, which have one pass each."""
-    prompts = [
-        Served(*served).prompt
+    """From unguarded requests, which have one pass each: what is found in pages is what all of them begin with."""
+    served = [
+        Served(*one)
         for name, unit in document.units.items()
         if name.split(" ")[-1] == "off"
-        for served in unit["served"]
+        for one in unit["served"]
     ]
-    more = round(median(prompts)) - requests.prompt_tokens if prompts and not document.settings["trace"] else TEMPLATE
+    if not served or document.settings["trace"]:
+        return Sizes(template=TEMPLATE)
+    more = max(0, round(median(one.prompt for one in served)) - requests.prompt_tokens)
+    shared = min(more, round(median(one.cached for one in served)))
     if not requests.images:
-        return Sizes(template=max(0, more))
-    return Sizes(image=max(0, more - TEMPLATE) // requests.images, template=TEMPLATE)
+        return Sizes(template=more, shared=shared)
+    return Sizes(max(0, more - TEMPLATE) // requests.images, TEMPLATE, min(TEMPLATE, shared))
 
 
 def compare(document: Document) -> list[Compared]:
-    """Every load of a run, predicted from the steps of all its other loads. Raises as `read_run` does."""
+    """Every load of a run, predicted from the steps of all its other loads, each piece at the speed that the machine
+    had for theirs around it. Raises as `read_run` does."""
     if document.settings.get("release") != "verdict":
         raise BadDocument("the simulation holds text back until the verdict; the run released it otherwise")
     with as_written(document):
-        loads = {(loop, float(level)) for loop, level, _, _ in (name.split(" ") for name in document.units)}
+        loads = sorted({(loop, float(level)) for loop, level, _, _ in (name.split(" ") for name in document.units)})
     if not loads:
         raise BadDocument("the run has no loads to compare with")
     out = []
-    for loop, level in sorted(loads):
+    for loop, level in loads:
         own = tuple(name for name in document.units if name.startswith(f"{loop} {level:g} "))
         found = read_run(document, own if len(loads) > 1 else ())
-        for guard in GUARDS:
-            mine = [document.units[name] for name in own if name.endswith(f" {guard}")]
-            if mine:
-                out.append(_compare(document, found, loop, level, guard, mine))
+        with as_written(document):
+            for guard in GUARDS:
+                if mine := [name for name in own if name.endswith(f" {guard}")]:
+                    out.append(_compare(document, found, Load(loop, level), guard, mine))
     return out
 
 
-def _compare(
-    document: Document, found: Measured, loop: str, level: float, guard: str, units: list[dict[str, Any]]
-) -> Compared:
-    served = [Served(*one) for unit in units for one in unit["served"]]
-    e2e: list[float] = []
-    seconds = 0.0
-    ended = 0
-    for repeat in range(len(units)):
-        items = _items(document, found.requests, loop, level, repeat, units[repeat])
-        models = models_of(guard, any(item.harmful for item in items) or found.requests.harmful > 0)
-        replica = Replica(found.costs, models, found.limits, Placement())
-        jobs = [_job(number, item, guard, found.sizes) for number, item in enumerate(items)]
-        if loop == "closed":
-            done, took = _closed(replica, jobs, int(level))
-            late = done
-        else:
-            done = simulate([replica], jobs)
-            took = max(job.finished or 0.0 for job in done)
-            late = done[int(RAMP * len(done)) :]
-        e2e += [latency(job, guard)[2] for job in late]
-        seconds += took
-        ended += len(done)
-    theirs = np.array([one.e2e for one in _after_ramp(units, loop)])
-    rate = sum(unit["requests"] for unit in units) / sum(unit["seconds"] for unit in units)
-    mine = np.array(e2e)
-    return Compared(
-        guard,
-        loop,
-        level,
-        len(served),
-        predicted_p50=float(np.percentile(mine, 50)),
-        measured_p50=float(np.percentile(theirs, 50)),
-        predicted_p95=float(np.percentile(mine, 95)),
-        measured_p95=float(np.percentile(theirs, 95)),
-        predicted_rate=ended / seconds,
-        measured_rate=rate,
-    )
+def _compare(document: Document, found: Measured, load: Load, guard: str, names: list[str]) -> Compared:
+    measured = [Piece.of_unit(document.units[name]) for name in names]
+    predicted = [_predict(document, found, load, guard, name) for name in names]
+    p50, p95, rate = zip(*(_figures(pieces) for pieces in (predicted, measured)), strict=True)
+    return Compared(guard, *load, sum(len(piece.replies) for piece in measured), *p50, *p95, *rate)
 
 
-def _items(
-    document: Document, sizes: Requests, loop: str, level: float, repeat: int, unit: dict[str, Any]
-) -> list[Item]:
-    """The very requests that were measured: random numbers are drawn as `bench throughput` draws them. In a closed
-    loop only those that counted are known, hence those around them are taken to be harmless."""
-    settings = document.settings
-    if loop == "trace":
-        factor = settings["speed"]
-        items = [Item(*values) for values in settings["trace"]]
-        return [item._replace(arrival=item.arrival / factor) for item in items]
-    if loop == "open":
-        random = Random(f"{document.seed} {loop} {level:g} {repeat}")
-        due = arrivals(level, len(unit["served"]), random, settings["burst"])
-        return [sizes.item(at, random) for at in due]
-    known = [one.harmful for one in sorted(Served(*values) for values in unit["served"])]
-    plain = Item(0.0, sizes.prompt_tokens, sizes.images, sizes.answer_tokens)
-    at_once = int(level)
-    counted = [plain._replace(harmful=harmful) for harmful in known]
-    return [*[plain] * at_once, *counted, *[plain] * (4 * at_once)]
+def _figures(pieces: Sequence[Piece]) -> tuple[float, float, float]:
+    """Seconds of replies, median and 95th percentile, and requests a second."""
+    middle = mean(median(piece.replies) for piece in pieces)
+    late = float(np.percentile([reply for piece in pieces for reply in piece.replies], 95))
+    return middle, late, sum(piece.ended for piece in pieces) / sum(piece.seconds for piece in pieces)
 
 
-def _job(number: int, item: Item, guard: str, sizes: Sizes) -> Job:
-    asked = Asked(item.arrival, item.prompt_tokens, item.answer_tokens, item.images, item.harmful)
-    return Job(number, asked, stages(guard, asked, sizes))
+def _predict(document: Document, found: Measured, load: Load, guard: str, name: str) -> Piece:
+    """The very requests that were measured: random numbers are drawn as `bench throughput` draws them."""
+    settings, unit = document.settings, document.units[name]
+    random = seeded(document.seed, load, int(name.split(" ")[2]))
+    items = asked(found.requests, load, settings["burst"], random)
+    trace = [Item(*values) for values in settings["trace"]]
+    if trace:
+        items = iter(faster(trace, settings["speed"]))
+    harmful = found.requests.harmful > 0 or any(item.harmful for item in trace)
+    costs = found.costs.slower(found.paces[name])
+    replica = Replica(costs, models_of(guard, harmful), found.limits, Placement())
+    numbers = count()
+
+    def job(item: Item) -> Job:
+        one = Asked(item.arrival, item.prompt_tokens, item.answer_tokens, item.images, item.harmful)
+        return Job(next(numbers), one, stages(guard, one, found.sizes))
+
+    if load.loop == "closed":
+        return _closed(replica, items, job, int(load.level), len(unit["served"]))
+    return _open(replica, map(job, items), unit["ramp"], len(unit["served"]))
 
 
-def _closed(replica: Replica, jobs: list[Job], at_once: int) -> tuple[list[Job], float]:
-    """`at_once` under way all the time; the first ones are shortened, as in a measurement, and do not count."""
-    waiting: Iterator[int] = count()
+def _open(replica: Replica, jobs: Iterator[Job], ramp: int, measured: int) -> Piece:
+    """As `driving.open_loop` does it."""
+    left = measured
 
-    def submit() -> None:
-        number = next(waiting)
-        if number < len(jobs):
-            job = jobs[number]
-            if number < at_once:
-                tokens = max(2, ceil(job.asked.answer * (number + 1) / at_once))
-                job.stages = tuple(stage._replace(new=min(stage.new, tokens)) for stage in job.stages)
-            job.asked = replace(job.asked, arrival=replica.now)
-            replica.submit(job)
+    def over(job: Job) -> bool:
+        nonlocal left
+        left -= ramp <= job.number < ramp + measured
+        return not left
 
-    for _ in range(at_once):
-        submit()
+    known = simulate([replica], jobs, hopeless=over)
+    counted = known[ramp : ramp + measured]
+    ends = [job.finished for job in known if job.finished is not None]
+    opened, closed = counted[0].asked.arrival, max(job.finished or 0.0 for job in counted)
+    return Piece([_reply(job) for job in counted], sum(opened < end <= closed for end in ends), closed - opened)
+
+
+def _closed(
+    replica: Replica, items: Iterator[Item], job: Callable[[Item], Job], at_once: int, measured: int
+) -> Piece:
+    """As `driving.closed_loop` does it."""
+    starters = []
+    for number, item in enumerate(islice(items, at_once), 1):
+        starters.append(job(item._replace(answer_tokens=max(1, item.answer_tokens * number // at_once))))
+        replica.submit(starters[-1])
+    counted: list[Job] = []
     opened: float | None = None
-    early = 0  # that ended before the window opened
-    done: list[Job] = []
-    measured = len(jobs) - 5 * at_once
-    while len(done) < measured:
+    ended = 0
+    while len(counted) < measured or any(one.finished is None for one in counted):
         replica.start()
         replica.advance(replica.next_event)
-        while replica.finished:
-            job = replica.finished.pop(0)
-            if at_once <= job.number < at_once + measured:
-                done.append(job)
-            submit()
-        if opened is None and all(job.finished is not None for job in jobs[:at_once]):
-            opened, early = replica.now, len(done)
-    return done, (replica.now - (opened or 0.0)) * len(done) / max(1, len(done) - early)
+        if opened is not None:
+            ended += len(replica.finished)
+        elif all(one.first is not None for one in starters):
+            opened = replica.now
+        for _ in replica.finished:
+            following = job(next(items)._replace(arrival=replica.now))
+            replica.submit(following)
+            if opened is not None and len(counted) < measured:
+                counted.append(following)
+        replica.finished.clear()
+    assert opened is not None
+    return Piece([_reply(one) for one in counted], ended, replica.now - opened)
 
 
-def _after_ramp(units: list[dict[str, Any]], loop: str) -> list[Served]:
-    out: list[Served] = []
-    for unit in units:
-        served = sorted(Served(*values) for values in unit["served"])  # by arrival
-        out += served if loop == "closed" else served[int(RAMP * len(served)) :]
-    return out
+def _reply(job: Job) -> float:
+    """Seconds of a finished one."""
+    assert job.finished is not None
+    return job.finished - job.asked.arrival
 
 
 def table(compared: list[Compared]) -> Table:

@@ -86,6 +86,10 @@ class LaneFit(NamedTuple):
         rows = self.decode * load.decode + self.prefill * load.prefill + self.guard * load.guard
         return self.base + rows + self.image * load.images
 
+    def slower(self, factor: float) -> LaneFit:
+        prices = {name: factor * getattr(self, name) for name in ("base", *_ROWS, "image")}
+        return self._replace(**prices)
+
 
 @dataclass(frozen=True)
 class FittedCosts:
@@ -108,6 +112,10 @@ class FittedCosts:
         seconds = self.lanes[lane].seconds(load)
         return Demand(seconds, seconds)
 
+    def slower(self, factor: float) -> FittedCosts:
+        """The same on a machine that takes so many times as long."""
+        return FittedCosts({name: lane.slower(factor) for name, lane in self.lanes.items()}, self.source)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             name: {
@@ -125,23 +133,20 @@ class FittedCosts:
 _ROWS = ("decode", "prefill", "guard")
 
 
-def measured_steps(document: Document, leave_out: Iterable[str] = ()) -> list[StepCost]:
-    """The steps of a `bench throughput`. Each has an even part of what the engine took beside forward passes, so that
-    all of them add up to the engine's time.
-
-    leave_out: names of pieces of the run that do not count. Raises `BadDocument` for a document without steps.
-    """
-    out: list[StepCost] = []
-    skipped = set(leave_out)
+def measured_steps(document: Document) -> dict[str, list[StepCost]]:
+    """The steps of each piece of a `bench throughput`, in their order. Each has an even part of what the engine took
+    beside forward passes, so that all of them add up to the engine's time. Raises `BadDocument` for a document
+    without steps."""
+    out: dict[str, list[StepCost]] = {}
     for name, unit in document.units.items():
-        if name in skipped or not isinstance(unit, Mapping) or "costs" not in unit:
+        if not isinstance(unit, Mapping) or "costs" not in unit:
             continue
         try:
             some = [StepCost(*cost) for cost in unit["costs"]]
             batches = sum(cost.batches for cost in some)
             forward = sum(cost.batches * cost.seconds for cost in some)
             host = max(0.0, float(unit["inside"]) - forward) / max(1, batches)
-            out += [cost._replace(seconds=cost.seconds + host) for cost in some]
+            out[name] = [cost._replace(seconds=cost.seconds + host) for cost in some]
         except (TypeError, KeyError) as error:
             raise BadDocument(f"the steps of {name!r} are not as `bench throughput` writes them: {error!r}") from None
     if not out:

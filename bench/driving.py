@@ -6,9 +6,8 @@ the moment at which a request was due, not from when the engine had time for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
@@ -246,22 +245,12 @@ def _owned(pool: PagePool) -> tuple[int, float]:
     return sum(pages for pages, _ in owned), sum(pages * size for pages, size in owned) / pool.arena.nbytes
 
 
-def closed_loop(
-    engine: Engine,
-    asks: Iterator[Ask],
-    at_once: int,
-    measured: int,
-    release: ReleaseMode,
-    *,
-    least: int | None = None,
-    seconds: float = inf,
-) -> Driven:
-    """`at_once` requests are under way all the time, until `measured` of them have ended; or, once it all took
-    `seconds`, `least` of them.
+def closed_loop(engine: Engine, asks: Iterator[Ask], at_once: int, measured: int, release: ReleaseMode) -> Driven:
+    """`at_once` requests are under way all the time, until `measured` of them have ended.
 
-    Those that begin are shortened to different lengths, so that not all end in the same step ever after; they do not
-    count. The window opens when the last of them has ended, and whoever follows the measured ones keeps the load up
-    until these have ended, and is then aborted.
+    Those that begin are shortened to different lengths, to what requests that came evenly would have left: the load
+    is steady as soon as each of them has its first token. Then the window opens, and who comes next counts, but not
+    they. Whoever follows the measured ones keeps the load up until these have ended, and is then aborted.
     """
     meter = Meter(engine, release)
     for number in range(at_once):
@@ -270,9 +259,9 @@ def closed_loop(
         meter.submit(ask._replace(item=ask.item._replace(answer_tokens=tokens)), counts=False)
     starters = list(meter.under_way)
     left, opened = measured, False
-    while meter.ended < (measured if least is None or meter.now < seconds else least):
+    while meter.ended < measured:
         meter.step()
-        if not opened and all(tracked.request.reply is not None for tracked in starters):
+        if not opened and all(tracked.tokens for tracked in starters):
             opened = True
             meter.open_window()
         while len(meter.under_way) < at_once:
@@ -283,17 +272,32 @@ def closed_loop(
     return meter.finish()
 
 
-def open_loop(engine: Engine, asks: Sequence[Ask], release: ReleaseMode) -> Driven:
-    """Every request is submitted when it is due, whatever the engine is busy with. asks: in order of arrival."""
+def open_loop(engine: Engine, asks: Iterable[Ask], measured: int, release: ReleaseMode, *, ramp: int = 0) -> Driven:
+    """Every request is submitted when it is due, whatever the engine is busy with. asks: in order of arrival, ramp +
+    measured at least.
+
+    The first `ramp` of them come to an engine that is not yet as full as it will be, and do not count. The window
+    opens with the next one; whoever follows the measured ones keeps the load up until these have ended, and is then
+    aborted.
+    """
     meter = Meter(engine, release)
+    coming = iter(asks)
+    following = next(coming, None)
     number = 0
-    while number < len(asks) or meter.under_way:
-        while number < len(asks) and asks[number].item.arrival <= meter.now:
-            meter.submit(asks[number], asks[number].item.arrival)
+    while meter.ended < measured:
+        now = (
+            meter.now
+        )  # not later ones: where submitting takes longer than they come apart, nothing else would happen
+        while following is not None and following.item.arrival <= now:
+            if number == ramp:
+                meter.open_window()
+            meter.submit(following, following.item.arrival, counts=ramp <= number < ramp + measured)
+            following = next(coming, None)
             number += 1
         if meter.under_way:
             meter.step()
         else:
-            meter.idle(asks[number].item.arrival)
+            assert following is not None
+            meter.idle(following.item.arrival)
     meter.close_window()
     return meter.finish()

@@ -37,10 +37,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens. image: of one. template: that the chat template adds to a question. caption: decoded for ECSO."""
+    """Tokens. image: of one. template: that the chat template adds to a question; shared: those of them that all
+    requests begin with, and find in the page pool. caption: decoded for ECSO."""
 
     image: int = 0
     template: int = 30
+    shared: int = 0
     caption: int = 64
 
 
@@ -68,7 +70,7 @@ def stages(guard: str, asked: Asked, sizes: Sizes) -> tuple[Stage, ...]:
     """
     image = asked.images * sizes.image
     seen = image + sizes.template
-    answer = Stage("answer", MLLM, seen + asked.prompt, 0, asked.answer, asked.images)
+    answer = Stage("answer", MLLM, seen - sizes.shared + asked.prompt, sizes.shared, asked.answer, asked.images)
     whole = seen + asked.prompt + asked.answer
     rewrite = Stage("rewrite", DETOXIFIER, asked.prompt + asked.answer + REWRITE, sizes.template, asked.answer)
     if guard == "off":

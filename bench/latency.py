@@ -92,7 +92,7 @@ class LatencyPlan:
         for cell in random.sample(self.cells, len(self.cells)):
             ask = self._asker.ask(cell.item, cell.guard, random)
             release = "verdict" if cell.release == "live" else cast(ReleaseMode, cell.release)
-            driven = open_loop(self._asker.engine, [ask], release)
+            driven = open_loop(self._asker.engine, [ask], 1, release)
             (served,) = driven.served
             out[cell.name] = {
                 **{name: round(getattr(served, name), 7) for name in MEASURES if name != "itl"},

@@ -135,11 +135,10 @@ def throughput(
     harmful: Annotated[float, typer.Option(min=0.0, max=1.0, help="The part of all answers that are.")] = 0.0,
     shared_tokens: Annotated[int, typer.Option(min=0, help="Of a text that all requests begin with.")] = 0,
     release: Annotated[str, typer.Option(help="When text may leave: verdict, window, audit.")] = "verdict",
-    requests: Annotated[int | None, typer.Option(min=1, help="At each load at most.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="At which a load has had enough.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="For everything but a trace, shared out among the loads.")
+        float | None, typer.Option(min=0.01, help="For everything but a trace: rounds of all loads in turn.")
     ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each load.")] = None,
     profile: ProfileOption = Profile.NORMAL,
     seed: SeedOption = 0,
     json: JsonOption = None,
@@ -160,7 +159,6 @@ def throughput(
             guards=(*ThroughputConfig.guards, "protector-separate", "ecso-continued"),
             requests=1000,
             seconds=4 * 3600,
-            repeats=3,
         ),
     }[profile]
     items = () if trace is None else tuple(read_trace(trace))
@@ -177,7 +175,6 @@ def throughput(
         speed=speed,
         requests=requests or base.requests,
         seconds=60.0 * minutes if minutes else base.seconds,
-        repeats=repeats or base.repeats,
         release=cast("ReleaseMode", release),
         shared_tokens=shared_tokens,
         objective=Objective() if objective is None else Objective.parse(objective),

@@ -230,14 +230,15 @@ def _throughput(document: Document) -> Iterable[ResultTable]:
             (
                 row["guard"],
                 load,
-                str(row["n"]),
-                f"{row['requests_per_s']:.2f}",
+                f"{row['n']} ({row['rounds']})",
+                f"{row['requests_per_s']:.2f} ({_between(row, 'requests_per_s')})",
                 _number(row["tokens_per_s"]),
                 f"{row['goodput_per_s']:.2f}",
                 *(
                     f"{_number(row[f'{name}_ms']['p50'])} ({_number(row[f'{name}_ms']['p95'])})"
                     for name in ("ttft", "itl", "e2e")
                 ),
+                _between(row, "e2e_ms"),
                 f"{row['prefix_hit_percent']:.0f}",
             )
         )
@@ -245,17 +246,23 @@ def _throughput(document: Document) -> Iterable[ResultTable]:
         *(
             "guard",
             "load",
-            "n",
-            "req/s",
+            "n (rounds)",
+            "req/s (rounds)",
             "tok/s",
             "good/s",
             "first text ms: p50 (p95)",
             "between tokens",
             "whole reply",
         ),
-        "prefix hits %",
+        *("its p50 by round", "prefix hits %"),
     )
     yield ResultTable(f"Throughput: {_model(document)}", headings, rows)
+
+
+def _between(row: Mapping[str, Any], name: str) -> str:
+    """The slowest and the fastest round."""
+    rounds = row["between_rounds"][name]
+    return f"{_number(rounds['low'])} to {_number(rounds['high'])}"
 
 
 def _capacity(document: Document) -> Iterable[ResultTable]:

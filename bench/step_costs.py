@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -43,3 +43,20 @@ def step_costs(steps: Sequence[StepRecord]) -> list[StepCost]:
         )
         for key, same in sorted(found.items())
     ]
+
+
+def pooled(costs: Iterable[StepCost]) -> list[StepCost]:
+    """The same batches of several runs as one: in the mean over all of them, since a machine that was slow in one of
+    the runs counts for as long as it was."""
+    found: dict[tuple[str, int, int, int, bool], list[StepCost]] = defaultdict(list)
+    for cost in costs:
+        found[cost.lane, cost.decode, cost.prefill, cost.guard, cost.images].append(cost)
+    out = []
+    for key, same in sorted(found.items()):
+        batches = sum(cost.batches for cost in same)
+        seconds, vision = (
+            round(sum(cost.batches * getattr(cost, name) for cost in same) / batches, 7)
+            for name in ("seconds", "vision")
+        )
+        out.append(StepCost(*key, batches, seconds, vision))
+    return out

@@ -1,19 +1,21 @@
-"""How much an engine serves: throughput, latency and goodput by load, in closed loops, open loops or by a trace."""
+"""How much an engine serves: throughput, latency and goodput by load, in closed loops, open loops or by a trace.
+
+The loads take turns in short pieces, round by round: a machine that is slow for minutes is slow for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
-from math import isfinite, isqrt
+from math import ceil, isfinite, isqrt
 from random import Random
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 
 from ..engine.engine import Engine
 from ..engine.errors import BadInput
@@ -21,26 +23,29 @@ from ..engine.passes import ReleaseMode
 from .asking import Asker, check_names
 from .driving import Driven, Served, closed_loop, open_loop
 from .objective import Objective
-from .traffic import Item, Sizes, arrivals, faster, rate_of
+from .step_costs import StepCost, pooled
+from .throughput_table import described, loads_table
+from .traffic import Item, Sizes, arriving, faster, rate_of
 from .units import Unit
 from .workload import question
 
 PERCENTILES = (50, 90, 95, 99)
 MEASURES = ("ttft", "itl", "e2e", "queued")
-FRACTIONS = (0.5, 0.7, 0.85, 1.0)  # of the first guard's best closed loop: rates of the open ones
-LEAST = 16  # requests of an open loop, even where its share of the time is short
+FRACTIONS = (0.4, 0.6, 0.8)  # of the first guard's best closed loop: rates of the open ones
+FEWEST, MOST = 4, 8  # requests of a closed loop's piece: as many as are under way, within these
+ARRIVING = 16  # requests of an open loop's piece
 HELD = 0.95  # of all requests have to meet an objective that is held
-RAMP = 0.1  # of an open loop's requests come first, to an empty engine, and are left out of percentiles
+RAMP = 0.1  # of a trace come first, to an empty engine, and are left out
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
     """at_once: requests under way in the closed loops; () doubles them until the knee is behind, at most
     `most_at_once`, and then looks more closely around it. rates: requests a second of the open loops; () takes parts
-    of what the best closed loop of the first guard had, None leaves them out. burst: requests that come at the same
-    moment. trace: instead of all these; speed: how much faster than it says. requests: measured at each load at most,
-    but as many as are under way. seconds: for all of it, half of them for the closed loops; each load of a kind gets
-    the same share of what is left. A trace takes its own time. shared_tokens: of a text that all requests begin with.
+    of what the best closed loop of the first guard had, and asks no guard for more than its own best; None leaves
+    them out. burst: requests that come at the same moment. trace: instead of all these, once, in its own time; speed:
+    how much faster than it says. seconds: for all rounds together, but each load has one at least; requests: at which
+    a load has had enough of them. shared_tokens: of a text that all requests begin with.
     """
 
     guards: tuple[str, ...] = ("off", "protector-adapter", "probe", "ecso")
@@ -53,7 +58,6 @@ class ThroughputConfig:
     speed: float = 1.0
     requests: int = 200
     seconds: float = 900.0
-    repeats: int = 1
     release: ReleaseMode = "verdict"
     shared_tokens: int = 0
     objective: Objective = field(default_factory=Objective)
@@ -65,6 +69,15 @@ class Load(NamedTuple):
 
     loop: str
     level: float
+
+
+class Turn(NamedTuple):
+    """A load's part of every round: under each guard `measured` requests count, after `ramp` that do not."""
+
+    load: Load
+    guards: Sequence[str]
+    measured: int
+    ramp: int = 0
 
 
 class Point(NamedTuple):
@@ -85,8 +98,27 @@ def knee(points: Sequence[Point]) -> Point:
     return max(points, key=lambda point: (point.power, -point.level))
 
 
+def asked(sizes: Sizes, load: Load, burst: int, random: Random) -> Iterator[Item]:
+    """The requests of a loop, without end."""
+    if load.loop == "open":
+        return arriving(sizes, random, load.level, burst)
+    return (sizes.item(0.0, random) for _ in count())
+
+
+def seeded(seed: int | None, load: Load, number: int) -> Random:
+    """Of a round's piece: every guard is asked the same."""
+    return Random(f"{seed} {load.loop} {load.level:g} {number}")
+
+
 class ThroughputPlan:
-    """A piece of work is one load under one guard; at each load the guards run in an order of its own."""
+    """A round is a piece of every load under every guard, the loads in an order drawn anew, and so the guards in each
+    load. The first one finds the levels, hence goes up the ladder.
+
+    A piece is as short as a steady load allows. A closed loop's counts whoever follows those that it begins with,
+    once all of these decode (see `closed_loop`). An open loop's counts whoever comes after a ramp, which lasts as
+    long as a reply takes in the closed loop with that rate, under the slowest guard: so long it takes until as many
+    leave as come. Requests that count are never cut off, and others come until the last of them has ended.
+    """
 
     kind = "throughput"
 
@@ -115,119 +147,112 @@ class ThroughputPlan:
 
     def warm_up(self) -> None:
         for guard in self.config.guards:
-            self._closed("warm-up", guard, 2, 1, 0.0)
+            self._piece(Turn(Load("closed", 2), (guard,), 1), -1, guard)
 
     def units(self, done: dict[str, Any]) -> Iterator[Unit]:
+        turns: list[Turn] = []
+        for turn in self._turns(done):
+            turns.append(turn)
+            yield from self._pieces(turn, 0)
+        for number in count(1):
+            due = [
+                turn for turn in turns if turn.load.loop != "trace" and number * turn.measured < self.config.requests
+            ]
+            for turn in Random(f"{self.seed} round {number}").sample(due, len(due)):
+                if _spent(done) >= self.config.seconds:
+                    return
+                yield from self._pieces(turn, number)
+            if not due:
+                return
+
+    def _turns(self, done: dict[str, Any]) -> Iterator[Turn]:
+        """Of a round, in the order of the first one, which has to be over to know what follows."""
         config = self.config
         if config.trace:
-            items = faster(list(config.trace), config.speed)
-            yield from self._at(Load("trace", rate_of(items)), self._trace)
+            ramp = int(RAMP * len(config.trace))
+            load = Load("trace", rate_of(faster(list(config.trace), config.speed)))
+            yield Turn(load, config.guards, len(config.trace) - ramp, ramp)
             return
         for level in config.at_once or self._ladder(done):
-            yield from self._at(Load("closed", level), partial(self._sweep, done))
+            yield Turn(Load("closed", level), config.guards, min(max(level, FEWEST), MOST, config.requests))
         if config.rates is None:
             return
-        rates = config.rates or self._parts(done)
-        share = (config.seconds - _spent(done, "closed")) / self._runs(len(rates))
-        for rate in rates:
-            # who serves least still gets through its requests in its share, and all are asked the same
-            served = min(rate, *(max(point.rate for point in self._points(done, guard)) for guard in config.guards))
-            requests = min(config.requests, max(LEAST, int(share * served)))
-            yield from self._at(Load("open", rate), partial(self._open, requests))
+        first = _first(done)
+        for rate in config.rates or self._parts(first):
+            guards = config.guards if config.rates else self._able(first, rate)
+            ramp = _whole(rate * max(self._reply(first, guard, rate) for guard in guards), config.burst)
+            yield Turn(Load("open", rate), guards, _whole(min(ARRIVING, config.requests), config.burst), ramp)
 
-    def _at(self, load: Load, run: Callable[[Load, int, str], dict[str, Any]]) -> Iterator[Unit]:
-        """All guards under one load, as often as wanted."""
-        for repeat in range(self.config.repeats):
-            where = f"{load.loop} {load.level:g} {repeat}"
-            for guard in Random(f"{self.seed} {where}").sample(self.config.guards, len(self.config.guards)):
-                yield f"{where} {guard}", partial(_timed, partial(run, load, repeat, guard))
+    def _pieces(self, turn: Turn, number: int) -> Iterator[Unit]:
+        where = f"{turn.load.loop} {turn.load.level:g} {number}"
+        for guard in Random(f"{self.seed} {where}").sample(turn.guards, len(turn.guards)):
+            yield f"{where} {guard}", partial(self._piece, turn, number, guard)
 
-    def _runs(self, loads: int) -> int:
-        return loads * self.config.repeats * len(self.config.guards)
-
-    def _share(self, done: dict[str, Any]) -> float:
-        """Seconds of the next closed loop: of what is left to all of them, as if the sweep went to its end."""
-        loads = len(self.config.at_once) or self.config.most_at_once.bit_length() + 2
-        runs = self._runs(loads) - sum(name.startswith("closed") for name in done)
-        return self._left(done) / max(1, runs)
-
-    def _left(self, done: dict[str, Any]) -> float:
-        """Seconds of all closed loops to come."""
-        return (1.0 if self.config.rates is None else 0.5) * self.config.seconds - _spent(done, "closed")
+    def _piece(self, turn: Turn, number: int, guard: str) -> dict[str, Any]:
+        began = perf_counter()
+        config, engine, (load, _, measured, ramp) = self.config, self._asker.engine, turn
+        closed = load.loop == "closed"
+        items = asked(config.sizes, load, config.burst, seeded(self.seed, load, number))
+        if load.loop == "trace":
+            items = iter(faster(list(config.trace), config.speed))
+        texts = Random(f"{self.seed} texts {load.loop} {load.level:g} {number}")
+        asks = (self._asker.ask(item, guard, texts) for item in items)
+        # making one takes time
+        ready = chain(list(islice(asks, measured + 3 * (int(load.level) if closed else ramp))), asks)
+        release: ReleaseMode = "verdict" if guard.startswith("off") else config.release
+        if closed:
+            driven = closed_loop(engine, ready, int(load.level), measured, release)
+        else:
+            driven = open_loop(engine, ready, measured, release, ramp=ramp)
+        return {**_plain(driven), "ramp": ramp, "took": round(perf_counter() - began, 3)}
 
     def _ladder(self, done: dict[str, Any]) -> Iterator[int]:
-        """1, 2, 4 … until every guard has had its knee two steps before, or the time of the closed loops is up, and
-        then what lies around the knees."""
+        """1, 2, 4 … until every guard has had its knee two steps before, or half of the time is up, and then what
+        lies around the knees."""
         tried: list[int] = []
         level = 1
         while level <= self.config.most_at_once:
             yield level
             tried.append(level)
             level *= 2
-            if len(tried) > 2 and all(self._knee(done, guard).level <= tried[-3] for guard in self.config.guards):
+            knees = self._knees(_first(done, tried))
+            if len(tried) > 2 and max(knees) <= tried[-3]:
                 break
-            if len(tried) > 1 and self._left(done) <= 0.0:
+            if len(tried) > 1 and _spent(_first(done, tried)) >= 0.5 * self.config.seconds:
                 return
-        around: set[int] = set()
-        for guard in self.config.guards:
-            best = int(self._knee(done, guard).level)
-            around |= {isqrt(best * other) for other in tried if other in (best // 2, best * 2)}
+        around = {isqrt(best * other) for best in knees for other in tried if other in (best // 2, best * 2)}
         yield from sorted(around - set(tried))
 
+    def _knees(self, done: dict[str, Any]) -> list[int]:
+        return [int(knee(self._points(done, guard)).level) for guard in self.config.guards]
+
+    def _best(self, done: dict[str, Any], guard: str) -> float:
+        """Requests a second of a guard's best closed loop."""
+        return max(point.rate for point in self._points(done, guard))
+
     def _parts(self, done: dict[str, Any]) -> list[float]:
-        best = max(point.rate for point in self._points(done, self.config.guards[0]))
+        best = self._best(done, self.config.guards[0])
         return [float(f"{part * best:.3g}") for part in FRACTIONS]
 
-    def _knee(self, done: dict[str, Any], guard: str) -> Point:
-        return knee(self._points(done, guard))
+    def _able(self, done: dict[str, Any], rate: float) -> list[str]:
+        """The guards under which so many are served: beyond its best a guard's queue grows, and no load is steady."""
+        return [guard for guard in self.config.guards if self._best(done, guard) >= rate]
+
+    def _reply(self, done: dict[str, Any], guard: str, rate: float) -> float:
+        """Seconds of a reply in the first closed loop with that rate, or in the last one."""
+        points = sorted(self._points(done, guard))
+        return next((point.latency for point in points if point.rate >= rate), points[-1].latency)
 
     def _points(self, done: dict[str, Any], guard: str) -> list[Point]:
-        """The closed loops of a guard so far."""
+        """The closed loops of a guard."""
         return [
             Point(row["level"], row["requests_per_s"], row["e2e_ms"]["p50"] / 1e3)
             for row in self.rows(done)
             if row["guard"] == guard and row["loop"] == "closed"
         ]
 
-    def _sweep(self, done: dict[str, Any], load: Load, repeat: int, guard: str) -> dict[str, Any]:
-        return self._closed(
-            f"{load.level:g} {repeat}", guard, int(load.level), self.config.requests, self._share(done)
-        )
-
-    def _open(self, requests: int, load: Load, repeat: int, guard: str) -> dict[str, Any]:
-        random = self._random(load, repeat)
-        due = arrivals(load.level, requests, random, self.config.burst)
-        return self._arriving([self.config.sizes.item(at, random) for at in due], guard, random)
-
-    def _trace(self, load: Load, repeat: int, guard: str) -> dict[str, Any]:
-        return self._arriving(faster(list(self.config.trace), self.config.speed), guard, self._random(load, repeat))
-
-    def _random(self, load: Load, repeat: int) -> Random:
-        """The same questions for every guard."""
-        return Random(f"{self.seed} {load.loop} {load.level:g} {repeat}")
-
-    def _arriving(self, items: list[Item], guard: str, random: Random) -> dict[str, Any]:
-        asks = [self._asker.ask(item, guard, random) for item in items]
-        return _plain(open_loop(self._asker.engine, asks, self._release(guard)))
-
-    def _closed(self, where: str, guard: str, at_once: int, requests: int, seconds: float) -> dict[str, Any]:
-        random = Random(f"{self.seed} closed {where}")
-        asks = (self._asker.ask(self.config.sizes.item(0.0, random), guard, random) for _ in count())
-        measured = max(requests, at_once)
-        ready = list(islice(asks, measured + 4 * at_once))  # making one takes time
-        return _plain(
-            closed_loop(
-                *(self._asker.engine, chain(ready, asks), at_once, measured, self._release(guard)),
-                least=min(measured, max(4, at_once)),
-                seconds=seconds,
-            )
-        )
-
-    def _release(self, guard: str) -> ReleaseMode:
-        return "verdict" if guard.startswith("off") else self.config.release
-
     def rows(self, done: dict[str, Any]) -> list[dict[str, Any]]:
-        """A row a load and guard, over all repeats."""
+        """A row a load and guard, over all rounds."""
         found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
         for name, result in done.items():
             loop, level, _, guard = name.split(" ")
@@ -238,20 +263,25 @@ class ThroughputPlan:
 
     def _row(self, loop: str, level: float, guard: str, found: list[dict[str, Any]]) -> dict[str, Any]:
         served = [Served(*values) for result in found for values in result["served"]]
-        late = served if loop == "closed" else _after_ramp(found)
         seconds = sum(result["seconds"] for result in found)
-        row: dict[str, Any] = {"guard": guard, "loop": loop, "level": level, "n": len(served)}
+        row: dict[str, Any] = {"guard": guard, "loop": loop, "level": level, "n": len(served), "rounds": len(found)}
         row["requests_per_s"] = sum(result["requests"] for result in found) / seconds
         row["tokens_per_s"] = sum(result["tokens"] for result in found) / seconds
         objective = self.config.objective
-        met = [objective.met(one.ttft, one.itl, one.e2e) for one in late]
+        met = [objective.met(one.ttft, one.itl, one.e2e) for one in served]
         row["met_share"] = sum(met) / len(met)
         row["goodput_per_s"] = row["requests_per_s"] * row["met_share"]
         for name in MEASURES:
-            row[f"{name}_ms"] = _percentiles([getattr(one, name) for one in late])
+            row[f"{name}_ms"] = _percentiles([getattr(one, name) for one in served])
         row["gap_ms"] = {
-            f"p{percent}": round(1e3 * float(np.median([result["gaps"][percent] for result in found])), 4)
-            for percent in PERCENTILES
+            name: round(1e3 * float(np.median([result["gaps"][name] for result in found])), 4)
+            for name in found[0]["gaps"]
+        }
+        rates = [result["requests"] / result["seconds"] for result in found]
+        replies = [1e3 * float(np.median([Served(*values).e2e for values in result["served"]])) for result in found]
+        row["between_rounds"] = {
+            name: {"low": round(min(some), 4), "high": round(max(some), 4)}
+            for name, some in (("requests_per_s", rates), ("e2e_ms", replies))
         }
         row["harmful_share"] = sum(one.harmful for one in served) / len(served)
         row["under_way"] = float(np.mean([result["under_way"] for result in found]))
@@ -267,7 +297,7 @@ class ThroughputPlan:
 
     def more(self, done: dict[str, Any]) -> dict[str, Any]:
         """knees: by guard, of its closed loops. held: by guard, the greatest rate of an open loop or a trace at which
-        95 % of all requests met the objective. step_costs: by guard, what is in `StepCost`."""
+        95 % of all requests met the objective. step_costs: by guard, `StepCost` pooled over all pieces."""
         rows = self.rows(done)
         knees, held = {}, {}
         costs: dict[str, list[list[Any]]] = {}
@@ -278,67 +308,46 @@ class ThroughputPlan:
             came = [row for row in rows if row["guard"] == guard and row["loop"] != "closed"]
             if came and self.config.objective.to_dict():
                 held[guard] = max((row["level"] for row in came if row["met_share"] >= HELD), default=0.0)
-            costs[guard] = [
-                cost for name, result in done.items() if name.endswith(f" {guard}") for cost in result["costs"]
-            ]
+            mine = (StepCost(*cost) for name in done if name.endswith(f" {guard}") for cost in done[name]["costs"])
+            costs[guard] = [list(cost) for cost in pooled(mine)]
         return {"knees": knees, "held": held, "step_costs": costs}
 
     def table(self, done: dict[str, Any]) -> RenderableType:
-        settings, sizes, rows, more = self.settings, self.config.sizes, self.rows(done), self.more(done)
-        of = f"{len(self.config.trace)} requests of a trace" if self.config.trace else _described(sizes)
-        table = Table(
-            title=f"{settings['model']} {settings['dtype']}: {of}",
-            caption="ttft: first text; itl: between tokens; hits: prompt tokens found in pages"
-            + (f"; good: {self.config.objective}" if settings["objective"] else ""),
+        asked_of = (
+            f"{len(self.config.trace)} requests of a trace" if self.config.trace else described(self.config.sizes)
         )
-        for heading in ("guard", "load"):
-            table.add_column(heading, no_wrap=True)
-        times = ("ttft", "itl", "reply", "queue")
-        for heading in ("req/s", "tok/s", "good/s", *(f"{name} ms" for name in times), "pool %", "hits %"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        last = None
-        for row in rows:
-            if last not in (None, row["guard"]):
-                table.add_section()
-            last = row["guard"]
-            table.add_row(
-                *(row["guard"], _named(row) + (" ← knee" if _is_knee(row, more) else "")),
-                *(f"{row['requests_per_s']:.2f}", f"{row['tokens_per_s']:,.1f}", f"{row['goodput_per_s']:.2f}"),
-                *(
-                    f"{row[f'{name}_ms']['p50']:,.0f}"
-                    + (f" ({row[f'{name}_ms']['p99']:,.0f})" if name in ("ttft", "e2e") else "")
-                    for name in MEASURES
-                ),
-                *(f"{row['pool_percent']:.1f}", f"{row['prefix_hit_percent']:.0f}"),
-            )
-        asked = {(row["guard"], row["level"]): row["n"] for row in rows if row["loop"] != "closed"}
-        held = (
-            f"{guard} holds {rate:g} requests/s" + (f" (of {asked[guard, rate]} requests)" if rate else "")
-            for guard, rate in more["held"].items()
-        )
-        return Group(table, *held)
+        title = f"{self.settings['model']} {self.settings['dtype']}: {asked_of}"
+        return loads_table(title, str(self.config.objective), self.rows(done), self.more(done))
 
 
-def _timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a load gave, and the seconds that it took in all."""
-    began = perf_counter()
-    found = run()
-    return {**found, "took": round(perf_counter() - began, 3)}
+def _first(done: dict[str, Any], levels: Sequence[int] = ()) -> dict[str, Any]:
+    """The closed loops of the first round, of these levels only if there are any. All levels, rates and ramps come
+    from them, so that they are the same again when a measurement is gone on with."""
+    parts = ((name.split(" "), name) for name in done)
+    return {
+        name: done[name]
+        for (loop, level, number, _), name in parts
+        if loop == "closed" and number == "0" and (not levels or int(level) in levels)
+    }
 
 
-def _spent(done: dict[str, Any], loop: str) -> float:
-    """Seconds that the loads of a kind took."""
-    return float(sum(found["took"] for name, found in done.items() if name.startswith(loop)))
+def _spent(done: dict[str, Any]) -> float:
+    """Seconds that pieces took."""
+    return float(sum(found["took"] for found in done.values()))
+
+
+def _whole(requests: float, burst: int) -> int:
+    """At least so many, in whole bursts."""
+    return burst * max(1, ceil(requests / burst))
 
 
 def _plain(driven: Driven) -> dict[str, Any]:
-    """A run as JSON; of the gaps between tokens, percentiles 0 to 100."""
-    gaps = np.percentile(driven.gaps, range(101)) if driven.gaps else np.zeros(101)
+    """A run as JSON; gaps: between tokens, in seconds."""
     return {
         "served": [
-            [round(value, 6) if isinstance(value, float) else value for value in one] for one in driven.served
+            [round(value, 5) if isinstance(value, float) else value for value in one] for one in driven.served
         ],
-        "gaps": [round(float(gap), 7) for gap in gaps],
+        "gaps": _percentiles(driven.gaps or [0.0], 1.0),
         **{
             name: getattr(driven, name)
             for name in (
@@ -361,31 +370,6 @@ def _plain(driven: Driven) -> dict[str, Any]:
     }
 
 
-def _after_ramp(found: list[dict[str, Any]]) -> list[Served]:
-    out: list[Served] = []
-    for result in found:
-        served = sorted(Served(*values) for values in result["served"])  # by arrival
-        out += served[int(RAMP * len(served)) :]
-    return out
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    points = np.percentile(seconds, PERCENTILES) * 1e3
-    return {f"p{percent}": round(float(value), 4) for percent, value in zip(PERCENTILES, points, strict=True)}
-
-
-def _described(sizes: Sizes) -> str:
-    seen = f", {sizes.images} images" if sizes.images else ""
-    harmful = f", {100 * sizes.harmful:g} % harmful" if sizes.harmful else ""
-    return f"{sizes.prompt_tokens} tokens in{seen}, {sizes.answer_tokens} out{harmful}; medians (p99)"
-
-
-def _named(row: dict[str, Any]) -> str:
-    if row["loop"] == "closed":
-        return f"{row['level']:g} at once"
-    return f"{row['level']:.3g}/s" + (", trace" if row["loop"] == "trace" else "")
-
-
-def _is_knee(row: dict[str, Any], more: dict[str, Any]) -> bool:
-    found = more["knees"].get(row["guard"])
-    return row["loop"] == "closed" and found is not None and found["level"] == row["level"]
+def _percentiles(seconds: list[float], scale: float = 1e3) -> dict[str, float]:
+    points = np.percentile(seconds, PERCENTILES) * scale
+    return {f"p{percent}": round(float(value), 7) for percent, value in zip(PERCENTILES, points, strict=True)}

@@ -57,17 +57,15 @@ class Sizes:
         return Item(arrival, self.prompt_tokens, self.images, self.answer_tokens, random.random() < self.harmful)
 
 
-def arrivals(rate: float, count: int, random: Random, burst: int = 1) -> list[float]:
-    """When `count` requests arrive, in seconds from the first: bursts of `burst` at the same moment, at exponential
-    intervals, `rate` requests a second in the long run. burst = 1 is a Poisson process."""
+def arriving(sizes: Sizes, random: Random, rate: float, burst: int = 1) -> Iterator[Item]:
+    """Requests without end, the first at 0: bursts of `burst` at the same moment, at exponential intervals, `rate`
+    requests a second in the long run. burst = 1 is a Poisson process. Raises `BadInput` for a rate that is none."""
     if not rate > 0 or not isfinite(rate) or burst < 1:
         raise BadInput(f"a rate is above 0 and a burst at least 1, not {rate} and {burst}")
-    out: list[float] = []
     at = 0.0
-    while len(out) < count:
-        out += [at] * min(burst, count - len(out))
+    while True:
+        yield from (sizes.item(at, random) for _ in range(burst))
         at += random.expovariate(rate / burst)
-    return out
 
 
 def read_trace(file: Path) -> list[Item]:

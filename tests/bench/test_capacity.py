@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,6 @@ from stockade.bench.capacity import (
     Plan,
     Traffic,
     find,
-    latency,
     placement_named,
     run_capacity,
 )
@@ -42,7 +40,7 @@ from stockade.bench.replica import Job, Limits, Placement, Replica, simulate
 from stockade.bench.roofline import h200
 from stockade.bench.roofline_costs import gpu_limits, roofline_costs
 from stockade.bench.roofline_report import setup_of
-from stockade.bench.step_costs import StepCost, step_costs
+from stockade.bench.step_costs import StepCost, pooled, step_costs
 from stockade.bench.traffic import Item
 from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, DoesNotFit
@@ -357,25 +355,21 @@ def test_costs_on_processor_cores_are_a_line_through_what_onnx_measured(tmp_path
 # Measured runs.
 
 
-def throughput_run(simulated: Callable[[int], list[Job]], levels: tuple[int, ...] = (1, 2, 4)) -> Document:
-    """The document of a run whose figures are the simulation's own."""
+def throughput_run() -> Document:
+    """The document of a run with a request a load, whose steps cost what they do here."""
     units = {}
-    for level in levels:
-        done = simulated(level)
-        replica_steps = [
+    for level in (1, 2, 4):
+        steps = [
             ["mllm", d, p, 0, False, 20, 0.010 + 0.0005 * d + 0.0002 * p, 0.0]
             for d in range(level + 1)
             for p in (0, 54)
         ]
-        seconds = max(job.finished for job in done)
         units[f"closed {level} 0 off"] = {
-            "served": [
-                [job.asked.arrival, 0, 0, 0, 0, 0, *latency(job, "off")[2:], 0, 24, 54, 0, False] for job in done
-            ],
-            "costs": replica_steps,
-            "inside": sum(row[5] * row[6] for row in replica_steps),
-            "seconds": seconds,
-            "requests": len(done),
+            "served": [[0.0, 0, 0, 0, 0, 0, 0.3, 0, 24, 54, 0, False]],
+            "costs": steps,
+            "inside": sum(row[5] * row[6] for row in steps),
+            "seconds": 0.3,
+            "requests": level,
         }
     settings = {
         "model": "made-up",
@@ -383,51 +377,40 @@ def throughput_run(simulated: Callable[[int], list[Job]], levels: tuple[int, ...
         "objective": {},
         "release": "verdict",
         "trace": [],
-        "requests": 12,
+        "burst": 1,
     }
     blank = dict.fromkeys(("load_before", "load_during", "load_after"), 0.0)
-    return Document(
-        "throughput",
-        settings,
-        [],
-        {"accelerator": None},
-        {},
-        None,
-        "",
-        "then",
-        1.0,
-        **blank,
-        quiet=True,
-        seed=0,
-        units=units,
-    )
+    known = ("throughput", settings, [], {"accelerator": None}, {}, None, "", "then", 1.0)
+    return Document(*known, **blank, quiet=True, seed=0, units=units)
 
 
-def test_a_run_is_predicted_from_the_steps_of_its_other_loads():
-    def simulated(level: int) -> list[Job]:
-        asked = [Asked(0.4 * (number // level), 24, 24) for number in range(12)]
-        jobs = [Job(n, one, stages("off", one, Sizes(template=30))) for n, one in enumerate(asked)]
-        return simulate([Replica(costs(), {"mllm"}, Limits(), Placement())], jobs)
-
-    document = throughput_run(simulated)
+def test_a_run_is_read_and_others_are_refused():
+    document = throughput_run()
     found = read_run(document)
     assert found.sizes == Sizes(template=30)
     assert found.costs.lanes["mllm"].base == pytest.approx(0.010, rel=0.01)
-    for one in compare(document):
-        assert one.predicted_p50 == pytest.approx(one.measured_p50, rel=0.05)
+    one = compare(document)[0]  # 24 steps, the first of which reads the prompt
+    assert one.predicted_p50 == pytest.approx(24 * 0.0105 + 54 * 0.0002, rel=0.02)
     with pytest.raises(BadDocument, match="has no steps"):
         measured_steps(replace(document, units={}))
     with pytest.raises(BadDocument, match="released it otherwise"):
         compare(replace(document, settings={**document.settings, "release": "audit"}))
+    older = {"open 2 0 off": document.units["closed 2 0 off"], **document.units}
+    with pytest.raises(BadDocument, match="measure it again"):
+        compare(replace(document, units=older))
+
+
+def test_steps_of_several_rounds_are_pooled():
+    some = [StepCost("mllm", 4, 0, 0, False, batches, seconds, 0.0) for batches, seconds in ((30, 0.01), (10, 0.02))]
+    assert pooled([*some, StepCost("mllm", 4, 0, 1, False, 5, 0.03, 0.0)]) == [
+        StepCost("mllm", 4, 0, 0, False, 40, 0.0125, 0.0),
+        StepCost("mllm", 4, 0, 1, False, 5, 0.03, 0.0),
+    ]
 
 
 def test_the_command_answers_the_question_from_a_file_and_refuses_others(tmp_path: Path):
-    def simulated(level: int) -> list[Job]:
-        jobs = [Job(0, one := Asked(0.0, 24, 24), stages("off", one, Sizes()))]
-        return simulate([Replica(costs(), {"mllm"}, Limits(), Placement())], jobs)
-
     file, out = tmp_path / "run.json", tmp_path / "capacity.json"
-    throughput_run(simulated).write(file)
+    throughput_run().write(file)
     arguments = ["capacity", "--costs", str(file), "--rate", "30", "--harmful", "0.05", "--guards", "ecso,probe"]
     arguments += ["--objective", "e2e=2s", "--requests", "60", "--json", str(out), "--out", str(tmp_path / "p.html")]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)

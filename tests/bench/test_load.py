@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stockade.bench.document import BadDocument, Session, read_document
 from stockade.bench.driving import Ask, Served, closed_loop, open_loop
 from stockade.bench.latency import LatencyConfig, LatencyPlan
 from stockade.bench.report import WrongPath
-from stockade.bench.throughput import Point, ThroughputConfig, ThroughputPlan, knee
+from stockade.bench.throughput import Load, Point, ThroughputConfig, ThroughputPlan, asked, knee, seeded
 from stockade.bench.traffic import Item, Sizes
 from stockade.bench.units import Unit, resumed, run_units
 from stockade.bench.variants import bench_models
@@ -62,7 +63,7 @@ def bench(*arguments: str, code: int = 0) -> Any:
 
 
 def test_an_open_loop_serves_whoever_comes_when_it_is_due(engine: Engine) -> None:
-    driven = open_loop(engine, [ask(0.0, 3), ask(0.0, 5), ask(0.2, 4)], "verdict")
+    driven = open_loop(engine, [ask(0.0, 3), ask(0.0, 5), ask(0.2, 4)], 3, "verdict")
     assert [one.answer_tokens for one in sorted(driven.served)] == [3, 5, 4]
     assert driven.tokens == 12 and driven.requests == 3 and len(driven.gaps) == 12 - 3
     last = max(driven.served)
@@ -76,7 +77,7 @@ def test_an_open_loop_serves_whoever_comes_when_it_is_due(engine: Engine) -> Non
 
 def test_a_late_submission_counts_as_waiting(engine: Engine) -> None:
     """Two seconds late is two seconds longer, however fast it went then."""
-    driven = open_loop(engine, [ask(-2.0, 3)], "verdict")
+    driven = open_loop(engine, [ask(-2.0, 3)], 1, "verdict")
     (one,) = driven.served
     assert one.waited >= 2.0 and one.e2e >= one.first_token >= 2.0
 
@@ -90,9 +91,16 @@ def test_a_closed_loop_keeps_as_many_under_way_and_ends_the_rest(engine: Engine)
     engine.check_integrity()
 
 
+def test_an_open_loop_counts_after_its_ramp_and_is_kept_up_to_the_end(engine: Engine) -> None:
+    asks = (ask(0.02 * number, 4 if 3 <= number < 8 else 6) for number in count())
+    driven = open_loop(engine, asks, 5, "verdict", ramp=3)
+    assert [one.answer_tokens for one in driven.served] == 5 * [4]
+    assert driven.requests >= 5 and driven.seconds > 0 and not engine.has_work
+
+
 def test_a_request_that_ends_otherwise_is_no_result(engine: Engine) -> None:
     with pytest.raises(WrongPath, match="clean"):
-        open_loop(engine, [ask(0.0, 3, Outcome.CLEAN)], "verdict")
+        open_loop(engine, [ask(0.0, 3, Outcome.CLEAN)], 1, "verdict")
 
 
 def test_guards_take_the_path_that_is_asked_of_them(engine: Engine) -> None:
@@ -111,42 +119,42 @@ def test_guards_take_the_path_that_is_asked_of_them(engine: Engine) -> None:
 
 
 def test_the_same_seed_asks_the_same_of_every_guard(engine: Engine) -> None:
-    config = ThroughputConfig(("off", "probe"), Sizes(6, 0, 4), (2,), rates=(50.0,), burst=2, requests=4)
+    config = ThroughputConfig(("off", "probe"), Sizes(6, 0, 4, 0.5), (2,), rates=(50.0,), burst=2, requests=8)
     done: list[dict[str, Any]] = [{}, {}]
     for one in done:
         assert run_units(ThroughputPlan(engine, config, "tiny", "float32"), one)
-    assert list(done[0]) == list(done[1])
-    for name, result in done[0].items():
-        if name.startswith("open"):
-            again, other = done[1][name], done[0]["open 50 0 off"]
-            assert [row[0] for row in result["served"]] == pytest.approx([row[0] for row in other["served"]])
-            kept = [[Served(*row)._replace(cached=0)[8:] for row in run["served"]] for run in (result, again)]
-            assert kept[0] == kept[1]  # what is found in pages depends on when the pages were written
-    assert {name.rpartition(" ")[0] for name in done[0]} == {"closed 2 0", "open 50 0"}
+    assert {name.rpartition(" ")[0] for name in done[0]} == {"closed 2 0", "closed 2 1", "open 50 0"}
+    load = Load("open", 50.0)
+    for name in ("open 50 0 off", "open 50 0 probe"):
+        ramp = done[0][name]["ramp"]
+        counted = list(islice(asked(config.sizes, load, 2, seeded(0, load, 0)), ramp, ramp + 8))
+        served = sorted(Served(*row) for row in done[0][name]["served"])
+        assert [one.arrival for one in served] == pytest.approx([item.arrival for item in counted], abs=1e-5)
+        assert [one.harmful for one in served] == [item.harmful for item in counted]
+    for name in ("closed 2 1 off", "closed 2 1 probe"):
+        kept = [[Served(*row)[8:10] for row in run[name]["served"]] for run in done]
+        assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize(("seconds", "closed", "opened"), [(1e-3, 4, 16), (1e6, 20, 20)])
-def test_time_is_shared_out_and_every_load_is_whole(seconds: float, closed: int, opened: int, engine: Engine) -> None:
-    """Where the time is short, as few requests as mean anything; where it is long, as many as are wanted."""
-    config = ThroughputConfig(("off", "probe"), Sizes(4, 0, 3), (1, 2), rates=(200.0,), requests=20, seconds=seconds)
+@pytest.mark.parametrize(("seconds", "closed", "opened"), [(1e-3, 4, 12), (1e6, 12, 12)])
+def test_loads_are_whole_and_rounds_fill_the_time(seconds: float, closed: int, opened: int, engine: Engine) -> None:
+    """Where the time is short, one piece of each load; where it is long, as many as are wanted."""
+    config = ThroughputConfig(("off", "probe"), Sizes(4, 0, 3), (1, 2), rates=(200.0,), requests=12, seconds=seconds)
     plan, done = ThroughputPlan(engine, config, "tiny", "float32"), {}
     assert plan.limit == seconds and run_units(plan, done)
     counts = {(row["loop"], row["level"], row["guard"]): row["n"] for row in plan.rows(done)}
     assert {n for (loop, *_), n in counts.items() if loop == "closed"} == {closed}
     assert {n for (loop, *_), n in counts.items() if loop == "open"} == {opened}
     assert len(counts) == 6 and all(found["took"] > 0 for found in done.values())
-    levels = [
-        name for name, _ in ThroughputPlan(engine, replace(config, at_once=()), "tiny", "float32").units(dict(done))
-    ]
-    swept = {name.split()[1] for name in levels if name.startswith("closed")}
-    assert (swept == {"1", "2"}) == (seconds < 1)  # no time, no further loads
+    rounds = [int(name.split()[2]) for name in done]
+    assert rounds == sorted(rounds) and max(rounds) == (0 if seconds < 1 else 2)
     traced = ThroughputPlan(engine, replace(config, trace=(Item(0.0, 4, 0, 3),)), "tiny", "float32")
     assert traced.limit is None  # it takes as long as it says
 
 
 def test_a_sweep_goes_on_until_the_knee_is_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The throughput of a machine that serves six at once, each in a second: the knee is near six."""
-    plan = ThroughputPlan(engine, ThroughputConfig(("off",), rates=None), "tiny", "float32")
+    plan = ThroughputPlan(engine, ThroughputConfig(("off",), rates=None, seconds=40.0), "tiny", "float32")
 
     def row(name: str) -> dict[str, Any]:
         level = float(name.split()[1])
@@ -164,8 +172,16 @@ def test_a_sweep_goes_on_until_the_knee_is_behind(engine: Engine, monkeypatch: p
     for name, _ in plan.units(done):
         done[name] = {"costs": [], "took": 1.0}
     # eight is best of the doubled ones, seen when both 16 and 32 were worse; then what lies around it
-    assert [int(name.split()[1]) for name in done] == [1, 2, 4, 8, 16, 32, 5, 11]
+    ladder = [1, 2, 4, 8, 16, 32, 5, 11]
+    levels = [int(name.split()[1]) for name in done]
+    assert levels[:8] == ladder
+    # then rounds of all of them, each in an order of its own, until the time is over
+    assert len(levels) == 40 and all(sorted(levels[at : at + 8]) == sorted(ladder) for at in range(0, 40, 8))
+    assert levels[8:16] != levels[16:24]
     assert plan.more(done)["knees"]["off"]["level"] == 5
+    # and the same again when it is gone on with
+    again = islice(plan.units(dict(list(done.items())[:20])), 20)
+    assert [name for name, _ in again] == list(done)[:20]
 
 
 def test_the_knee_has_the_greatest_power() -> None:
@@ -324,8 +340,9 @@ def test_throughput_sweeps_holds_an_objective_and_reads_traces(tmp_path: Path) -
     assert [row["level"] for row in closed] == [1, 2, 4]
     rates = [row["level"] for row in report["rows"] if row["guard"] == "off" and row["loop"] == "open"]
     best = max(row["requests_per_s"] for row in closed)
-    assert rates == pytest.approx([part * best for part in (0.5, 0.7, 0.85, 1.0)], rel=0.01)
-    assert report["held"] == {"off": max(rates), "protector-adapter": max(rates)}
+    assert rates == pytest.approx([part * best for part in (0.4, 0.6, 0.8)], rel=0.01)
+    able = {row["level"] for row in report["rows"] if row["guard"] == "protector-adapter" and row["loop"] == "open"}
+    assert report["held"] == {"off": max(rates), "protector-adapter": max(able, default=0.0)}
     assert all(row["goodput_per_s"] == row["requests_per_s"] for row in report["rows"])
     assert set(report["knees"]) == set(report["step_costs"]) == {"off", "protector-adapter"}
     trace = tmp_path / "trace.csv"
