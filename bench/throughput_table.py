@@ -23,13 +23,13 @@ def loads_table(
     """rows, more: of the document. objective: that goodput is of, or nothing."""
     table = Table(
         title=title,
-        caption="±: between rounds; ttft: first text; itl: between tokens; hits: prompt tokens found in pages"
+        caption="*: knee; ±: of rounds; ttft: first text; itl: between tokens; hits: prompt tokens found in pages"
         + (f"; good: {objective}" if objective else ""),
     )
     for heading in ("guard", "load"):
         table.add_column(heading, no_wrap=True)
     times = ("ttft", "itl", "reply", "queue")
-    for heading in ("req/s", "± %", "tok/s", "good/s", *(f"{name} ms" for name in times), "pool %", "hits %"):
+    for heading in ("req/s", "±%", "tok/s", "good/s", *(f"{name} ms" for name in times), "pool %", "hits %"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for row in rows:
@@ -37,7 +37,7 @@ def loads_table(
             table.add_section()
         last = row["guard"]
         table.add_row(
-            *(row["guard"], _named(row) + (" ← knee" if _is_knee(row, more) else "")),
+            *(row["guard"], _named(row) + ("*" if _is_knee(row, more) else "")),
             *(
                 f"{row['requests_per_s']:.2f}",
                 _spread(row),
