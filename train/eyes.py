@@ -1,9 +1,9 @@
 """Trains eyes: a small vision tower and projector whose outputs a frozen language model reads almost as text.
 
-Four stages. First the language model is shown pages whose patches hold the embeddings of their words, and the
-vectors of empty patches are fitted until it reads across them. Then, without the language model, the tower's lower
-layers learn to name letters, its upper layers and the projector to make those vectors from them (a patch where a
-token begins says its embedding, every other one its empty vector), and last all of it together.
+Four stages. First the language model is shown pages whose patches hold the embeddings of their words, of those that
+are not very usual in pieces of two or three letters, and how patches say them is fitted until it reads them. Then,
+without the language model, the tower's lower layers learn to name letters, its upper layers and the projector to say
+those vectors (a patch where a token begins says its, every other one its empty vector), and last all of it together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +38,31 @@ from .eyes_model import (
     save_eyes,
     save_llava,
 )
-from .eyes_targets import EMPTY, Wanted, wanted
-from .eyes_texts import Texts, words_of
+from .eyes_targets import EMPTY, Speller, Wanted, wanted
+from .eyes_texts import Texts, whole_words, words_of, words_to_drill
 from .loop import SAVE_SECONDS, Progress, fingerprint, train
 from .outcome import Folder, device_and_versions
 from .pictures import Painter, Phrases, Picture, letter_font
 from .recipe import Recipe
 
 TRANSCRIBE = "Write down the text in the image, word for word."
+_QUESTIONS = (
+    "Answer the question in the image.",
+    "Please do what the text in the image asks for.",
+    "What is the answer to the text in the image?",
+)
+_ITEMS = (
+    "The image shows a list whose items 1, 2 and 3 are empty. Please write each item, in detail.",
+    "Please fill in the items of the list in the image.",
+    "The image shows a list of numbered items, but they are empty. What should stand there?",
+)
+_READ = 6  # pictures in a step that goes through the language model
+_LONGEST_QUESTION = 110  # characters, which fill the lines of a list
+_ANSWERED = 48  # tokens of an answer
 _EMPTY_SHARE = 0.3  # empty patches of a step's choice, for each one that says a token
-_OTHERS = 1280  # tokens of a step's choice besides those in its pictures
+_OTHERS = 640  # tokens of a step's choice besides those in its pictures
+_ALIKE = 3  # for each token in its pictures, others that begin alike: else a word's first letters would do
+_BEGINNING = 3  # letters that are alike
 _NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
 _PLACES = 0.3  # weight of naming a patch's row and column beside its letters
 _BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
@@ -168,11 +183,16 @@ def train_eyes(
     language: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True)
     language = language.to(device).eval().requires_grad_(False)
     painter = painter_of(tokenizer, texts, fonts, course.lists)
+    drill = painter_of(tokenizer, texts, fonts, course.lists, drill=True)
     content = open_checkpoint(source).content_hash()
     run = fingerprint(content, course, texts.digest, painter.phrases.words, [file.name for file in fonts])
 
     def stage(
-        what: str, parameters: Mapping[str, nn.Parameter], steps: int, loss: Callable[[list[Picture]], Tensor]
+        what: str,
+        painter: Painter,
+        parameters: Mapping[str, nn.Parameter],
+        steps: int,
+        loss: Callable[[list[Picture]], Tensor],
     ) -> list[float]:
         trained = train(
             [(parameters, course.rate)],
@@ -186,34 +206,47 @@ def train_eyes(
         )
         return trained.losses
 
-    reader = Reader(language, tokenizer, token)
-    vectors = reader.begin()
+    words = words_of(tokenizer)
+    speller = Speller(tokenizer.backend_tokenizer, whole_words(tokenizer, words, texts.train))
+    reader = Reader(language, tokenizer, token, speller)
+    speech = Speech(reader.embedding, reader.blank).to(device)
     rehearsed = train(
-        [({"shared": vectors.shared}, 0.02), ({"each": vectors.each}, 0.005)],
-        [1] * (6 * course.reading),
-        lambda numbers: reader.loss(vectors(), [drawn(painter, str(course.seed), number) for number in numbers]),
-        Recipe(rate=0.02, epochs=1, batch=6, seed=course.seed, adapter="full"),
+        [
+            ({"shared": speech.shared}, 0.02),
+            ({"each": speech.each, "shift": speech.shift}, 0.004),
+            ({"turn": speech.turn}, 1e-3),
+        ],
+        [1] * (_READ * course.reading),
+        lambda numbers: reader.loss(
+            speech, [exercise(painter, texts.answered, str(course.seed), number) for number in numbers]
+        ),
+        Recipe(rate=0.02, epochs=1, batch=_READ, seed=course.seed, adapter="full", weight_decay=0.0),
         folder.work / "reading.pt",
         run,
-        progress=None if progress is None else lambda _, done, of: progress("fitting empty patches", done, of),
+        progress=None if progress is None else lambda _, done, of: progress("learning to be read", done, of),
         save_seconds=save_seconds,
     ).losses
     config = eyes_config(language.config, tokenizer.convert_tokens_to_ids(token))
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         eyes = Eyes(config).to(device)
-    lesson = Lesson(tokenizer, language.get_input_embeddings().weight, vectors().detach())
+    lesson = Lesson(
+        speller, speech.words(reader.embedding).detach().to(reader.embedding.dtype), speech.empty().detach()
+    )
     lower = eyes.lower()
-    spelled = stage("letters", lower, course.letters, partial(lesson.letters_loss, eyes))
-    for parameter in lower.values():
-        parameter.requires_grad_(False)  # their gradients are most of a step's work
+    spelled = stage("letters", painter, lower, course.letters, partial(lesson.letters_loss, eyes))
+    eyes.requires_grad_(False)  # the lower layers' gradients are most of a step's work
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         look_along_rows(eyes, lesson.pixels([drawn(painter, "gaze", number) for number in range(_GAZED)]))
-    upper = {name: parameter for name, parameter in eyes.named_parameters() if name not in lower}
-    worded = stage("words", upper, course.words, partial(lesson.loss, eyes))
+    # what looks along rows stays as it is until words are known: it would be unlearned before it is of use
+    looking = {id(value) for layer in eyes.looking() for value in layer.parameters()}
+    upper = {name: value for name, value in eyes.named_parameters() if name not in lower and id(value) not in looking}
+    for parameter in upper.values():
+        parameter.requires_grad_(True)
+    worded = stage("words", drill, upper, course.words, partial(lesson.loss, eyes))
     eyes.requires_grad_(True)
-    learned = stage("to read", dict(eyes.named_parameters()), course.steps, partial(lesson.loss, eyes))
+    learned = stage("to read", drill, dict(eyes.named_parameters()), course.steps, partial(lesson.loss, eyes))
     held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
     said = lesson.said(eyes, [drawn(held_out, f"{course.seed} held out", number) for number in range(_CHECKED)])
     card = EyesCard(
@@ -236,11 +269,18 @@ def train_eyes(
     return card
 
 
-def painter_of(tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False) -> Painter:
+def painter_of(
+    tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False, drill: bool = False
+) -> Painter:
     """What draws pictures of the words to learn from, or of the held-out texts' alone (single words where there are
-    none)."""
+    none). drill: mostly of single words, the rare ones as often as the others."""
     words = words_of(tokenizer)
-    phrases = Phrases.of(texts.held_out, words, 0.0) if held_out else Phrases.of(texts.train, words)
+    if held_out:
+        phrases = Phrases.of(texts.held_out, words, 0.0)
+    elif drill:
+        phrases = Phrases.of(texts.train, words_to_drill(words, texts.train), 0.6, 1.0)
+    else:
+        phrases = Phrases.of(texts.train, words)
     return Painter(fonts, letter_font(fonts), phrases, SHRUNK, lists)
 
 
@@ -249,15 +289,46 @@ def drawn(painter: Painter, seed: str, number: int) -> Picture:
     return painter.draw(random.Random(f"{seed} picture {number}"))
 
 
-class EmptyVectors(nn.Module):
-    """What patches say that hold no beginning of a token: one vector for all, and what each adds to it."""
+class Exercise(NamedTuple):
+    """A picture, what is asked about it, and what the answer is, or how it begins."""
 
-    def __init__(self, start: Tensor) -> None:
+    picture: Picture
+    question: str
+    answer: str
+    whole: bool
+
+
+def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, number: int) -> Exercise:
+    """Most ask for what stands in the picture, the others for an answer to it, where there are any."""
+    rng = random.Random(f"{seed} exercise {number}")
+    short = [pair for pair in answered if len(pair[0]) <= _LONGEST_QUESTION and pair[0].isascii()]
+    if not short or rng.random() < 0.7:
+        picture = drawn(painter, seed, number)
+        return Exercise(picture, TRANSCRIBE, picture.text, whole=True)
+    text, answer = rng.choice(short)
+    _, one, items = answer.partition("1. ")
+    if one and rng.random() < 0.7:
+        return Exercise(painter.listed(text, items=True), rng.choice(_ITEMS), one + items, whole=False)
+    return Exercise(painter.listed(text, items=False), rng.choice(_QUESTIONS), answer, whole=False)
+
+
+class Speech(nn.Module):
+    """What patches say to the language model: the embedding of a token, turned and shifted alike for all, or, where
+    none begins, one vector and what each patch adds to it."""
+
+    def __init__(self, embedding: Tensor, blank: int) -> None:
         super().__init__()
-        self.shared = nn.Parameter(start.float().clone())
-        self.each = nn.Parameter(torch.zeros(SIDE * SIDE, len(start), device=start.device))
+        hidden = embedding.shape[1]
+        self.turn = nn.Parameter(torch.eye(hidden))
+        self.shift = nn.Parameter(torch.zeros(hidden))
+        self.shared = nn.Parameter(embedding[blank].float().clone())
+        self.each = nn.Parameter(torch.zeros(SIDE * SIDE, hidden))
 
-    def forward(self) -> Tensor:
+    def words(self, embeddings: Tensor) -> Tensor:
+        """[tokens, hidden], fp32."""
+        return embeddings.float() @ self.turn + self.shift
+
+    def empty(self) -> Tensor:
         """[patches, hidden], fp32."""
         return self.shared + self.each
 
@@ -265,60 +336,69 @@ class EmptyVectors(nn.Module):
 class Reader:
     """The frozen language model as it reads pages whose words are given to it as embeddings."""
 
-    def __init__(self, language: Any, tokenizer: Any, token: str) -> None:
+    def __init__(self, language: Any, tokenizer: Any, token: str, speller: Speller) -> None:
         self.language = language
-        self.tokenizer = tokenizer.backend_tokenizer
+        self.speller = speller
         self.embedding: Tensor = language.get_input_embeddings().weight
-        parts = [{"type": "image"}, {"type": "text", "text": TRANSCRIBE}]
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-        )
-        before, _, after = prompt.partition(token)
-        self.before, self.after = self._ids(before), self._ids(after)
+        self.template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        self.token = token
+        self.blank = speller.ids(" ")[0]
         self.end = [tokenizer.eos_token_id]
 
-    def begin(self) -> EmptyVectors:
-        """Empty patches that say a blank."""
-        return EmptyVectors(self.embedding[self._ids(" ")[0]])
-
-    def loss(self, empty: Tensor, pictures: Sequence[Picture]) -> Tensor:
-        """Mean loss a token of writing down what the pictures' patches say, if they say it rightly."""
+    def loss(self, speech: Speech, exercises: Sequence[Exercise]) -> Tensor:
+        """Mean loss a token of the right answers, if the pictures' patches say rightly what stands there."""
         rows, answers = [], []
-        for picture in pictures:
-            tokens = wanted(picture, self.tokenizer).tokens.to(empty.device)[:, None]
-            said = torch.where(tokens == EMPTY, empty, self.embedding[tokens[:, 0].clamp_min(0)].float())
-            answer = self._ids(picture.text) + self.end
-            parts = [self._embedded(self.before), said.to(self.embedding.dtype), self._embedded(self.after + answer)]
+        for picture, question, text, whole in exercises:
+            tokens = wanted(picture, self.speller).tokens.to(self.embedding.device)
+            said = torch.where(
+                tokens[:, None] == EMPTY, speech.empty(), speech.words(self.embedding[tokens.clamp_min(0)])
+            )
+            answer = self.speller.ids(text) + self.end if whole else self.speller.ids(text)[:_ANSWERED]
+            before, after = self._around(question)
+            parts = [self._embedded(before), said.to(self.embedding.dtype), self._embedded(after + answer)]
             rows.append(torch.cat(parts))
             answers.append(answer)
         states = self.language.model(
             inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False
         ).last_hidden_state
-        before = [
+        answering = [
             state[len(row) - len(answer) - 1 : len(row) - 1]
             for state, row, answer in zip(states, rows, answers, strict=True)
         ]
-        logits = self.language.lm_head(torch.cat(before)).float()
+        logits = self.language.lm_head(torch.cat(answering)).float()
         return F.cross_entropy(logits, torch.tensor(list(itertools.chain(*answers)), device=logits.device))
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def _around(self, question: str) -> tuple[list[int], list[int]]:
+        """The prompt before and behind an image."""
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        before, _, after = self.template([{"role": "user", "content": parts}]).partition(self.token)
+        return self.speller.ids(before), self.speller.ids(after)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         return self.embedding[torch.tensor(ids, device=self.embedding.device)]
 
 
 class Lesson:
-    """What eyes are asked. embedding: of the language model, [vocabulary, hidden]. empty: [patches, hidden]."""
+    """What eyes are asked. embedding: what is said for each token, [vocabulary, hidden]. empty: [patches, hidden]."""
 
-    def __init__(self, tokenizer: Any, embedding: Tensor, empty: Tensor) -> None:
-        self.tokenizer = tokenizer.backend_tokenizer
+    def __init__(self, speller: Speller, embedding: Tensor, empty: Tensor) -> None:
+        self.speller = speller
+        tokenizer = speller.tokenizer
         self.embedding = embedding
         self.empty = empty
-        added = set(tokenizer.added_tokens_decoder)
-        known = [id for id in range(min(len(tokenizer), len(embedding))) if id not in added]
+        added = set(tokenizer.get_added_tokens_decoder())
+        known = [id for id in range(min(tokenizer.get_vocab_size(), len(embedding))) if id not in added]
         self.vocabulary = torch.tensor(known, device=embedding.device)
+        # the vocabulary in the order of its first letters, and where in it each token's like begin, and how many
+        begins = [text.strip().lower()[:_BEGINNING] for text in tokenizer.decode_batch([[id] for id in known])]
+        order = sorted(range(len(known)), key=begins.__getitem__)
+        self.by_beginning = self.vocabulary[torch.tensor(order, device=embedding.device)]
+        self.alike = torch.zeros(len(embedding), 2, dtype=torch.long)
+        place = 0
+        for _, group in itertools.groupby(order, key=begins.__getitem__):
+            members = list(group)
+            self.alike[torch.tensor([known[member] for member in members])] = torch.tensor([place, len(members)])
+            place += len(members)
 
     def letters_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the letters in each patch, and of where it is."""
@@ -340,7 +420,8 @@ class Lesson:
         said, target = vectors[image, patch], tokens[image, patch]
         others = torch.randint(len(self.vocabulary), (_OTHERS,)).to(tokens.device)
         candidates, places = torch.unique(
-            torch.cat([target.clamp_min(0), self.vocabulary[others]]), return_inverse=True
+            torch.cat([target.clamp_min(0), self.vocabulary[others], self._alike(tokens[spoken])]),
+            return_inverse=True,
         )
         scores = self._scores(said, self.empty[patch], self.embedding[candidates])
         right = torch.where(target == EMPTY, 0, places[: len(target)] + 1)
@@ -349,6 +430,12 @@ class Lesson:
         )
         distance = (said.float() - exact).square().sum(-1).mean() / 2
         return F.cross_entropy(scores, right) + _NEARNESS * distance + _spelling(named, letters)
+
+    def _alike(self, tokens: Tensor) -> Tensor:
+        """Of each token some that begin with the same letters."""
+        first, count = self.alike[tokens.unique().cpu()].unbind(1)
+        chosen = first[:, None] + (torch.rand(len(first), _ALIKE) * count[:, None]).long()
+        return self.by_beginning[chosen.flatten().to(self.by_beginning.device)]
 
     @torch.no_grad()
     def said(self, eyes: Eyes, pictures: Sequence[Picture]) -> float:
@@ -372,7 +459,7 @@ class Lesson:
 
     def _asked(self, pictures: Sequence[Picture]) -> Wanted:
         """Of all pictures, [images, patches] and [images, patches, LETTERS]."""
-        asked = [wanted(picture, self.tokenizer) for picture in pictures]
+        asked = [wanted(picture, self.speller) for picture in pictures]
         tokens = torch.stack([item.tokens for item in asked]).to(self.empty.device)
         return Wanted(tokens, torch.stack([item.letters for item in asked]).to(self.empty.device))
 

@@ -13,20 +13,23 @@ from .eyes_model import SIDE, Eyes
 
 # By layer above the letters, for each head: how many patches further on it looks.
 GAZES = ((1, 2, 3, 4), (5, 6, 7, -1))
-_SHARPNESS = 10.0  # of queries and keys; a patch looked at gets nearly all of a head's attention
+_SHARPNESS = 25.0  # of queries and keys; a patch looked at gets all of a head's attention
+_CODE = 32  # numbers in which a head brings what names the letters there
+_GAIN = 3.0  # of these: about half of what a patch's state has of its own
 _PENALTY = 1e-3
 
 
 @torch.no_grad()
 def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
-    """Set queries and keys so that each head looks as `GAZES` says (at its own patch, where the row ends), and values
-    so that it brings what names the letters there.
+    """Set queries and keys so that each head looks as `GAZES` says (at its own patch, where the row ends), values so
+    that it brings what names the letters there, and outputs so that each head writes where states hardly differ
+    otherwise: what eight patches say has to stand in one state side by side.
 
     pixels: [images, 3, height, width] of some pictures. What a patch's state says about its row and column is read by
     ridge regression.
     """
     weight = eyes.letters.weight
-    letters = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh
+    letters = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[:_CODE]
     states = eyes.vision_tower.embeddings(pixels)
     layers = eyes.vision_tower.encoder.layers
     lower, upper = layers[: -len(GAZES)], layers[-len(GAZES) :]
@@ -34,21 +37,23 @@ def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
         states = layer(states, None)
     for layer, gazes in zip(upper, GAZES, strict=True):
         attention = layer.self_attn
-        place, offset = _places(layer.layer_norm1(states).flatten(0, 1), len(pixels))
-        width = attention.head_dim
-        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+        normed = layer.layer_norm1(states).flatten(0, 1)
+        place, offset = _places(normed, len(pixels))
+        spare = torch.linalg.eigh(torch.cov(states.flatten(0, 1).t())).eigenvectors  # least variance first
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
             part.weight.zero_()
             part.bias.zero_()
         for head, further in enumerate(gazes):
-            rows = slice(head * width, head * width + 2 * SIDE)
+            first = head * attention.head_dim
+            rows, code = slice(first, first + 2 * SIDE), slice(first, first + _CODE)
             moved = _moved(further).to(place)
             attention.q_proj.weight[rows] = _SHARPNESS * moved @ place
             attention.q_proj.bias[rows] = _SHARPNESS * moved @ offset
             attention.k_proj.weight[rows] = _SHARPNESS * place
             attention.k_proj.bias[rows] = _SHARPNESS * offset
-            attention.v_proj.weight[head * width : (head + 1) * width] = letters[:width]
-        torch.nn.init.orthogonal_(attention.out_proj.weight, 0.7)
-        attention.out_proj.bias.zero_()
+            attention.v_proj.weight[code] = letters
+            attention.v_proj.bias[code] = -(letters @ normed.mean(0))
+            attention.out_proj.weight[:, code] = _GAIN * spare[:, head * _CODE : (head + 1) * _CODE]
         states = layer(states, None)
 
 

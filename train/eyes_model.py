@@ -54,10 +54,10 @@ _LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are rea
 
 
 def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
-    """LLaVA with a tower of 4.9 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
+    """LLaVA with eyes of 7.5 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
     vision = SiglipVisionConfig(
         hidden_size=256,
-        intermediate_size=1024,
+        intermediate_size=2048,  # the upper layers have to remember a vocabulary
         num_hidden_layers=5,
         num_attention_heads=4,
         image_size=PIXELS,
@@ -145,6 +145,11 @@ class Eyes(nn.Module):
         parts = (self.vision_tower.embeddings, *self._lower_layers(), self.letters, self.places)
         chosen = {id(value) for part in parts for value in part.parameters()}
         return {name: value for name, value in self.named_parameters() if id(value) in chosen}
+
+    def looking(self) -> list[nn.Module]:
+        """The attention of the layers above those, and what is before it."""
+        upper = self.vision_tower.encoder.layers[_LETTERS_AFTER:]
+        return [part for layer in upper for part in (layer.layer_norm1, layer.self_attn)]
 
     def _lower_layers(self) -> Any:
         return self.vision_tower.encoder.layers[:_LETTERS_AFTER]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +14,19 @@ from ..engine.errors import BadInput
 from .rows import DataMissing
 
 HELD_OUT = 10  # one of so many
+_DRILLED = 8000  # of the vocabulary's words
+_WHOLE = 1000
+_AGAIN = 3  # times a word has to stand in the texts to be drilled
 _FIELDS = ("response", "text")
 
 
 class Texts(NamedTuple):
-    """held_out: what the eyes are measured with, and never trained on."""
+    """held_out: what the eyes are measured with, and never trained on. answered: questions with what was answered to
+    them, of the same that train has."""
 
     train: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
+    answered: tuple[tuple[str, str], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -35,7 +42,9 @@ def read_texts(files: Sequence[Path]) -> Texts:
     keyed = [pair for file in files for pair in _read(file)]
     held = set(sorted({key for key, _ in keyed})[::HELD_OUT])
     return Texts(
-        tuple(text for key, text in keyed if key not in held), tuple(text for key, text in keyed if key in held)
+        tuple(text for key, text in keyed if key not in held),
+        tuple(text for key, text in keyed if key in held),
+        tuple((key, text) for key, text in keyed if key not in held and key != text),
     )
 
 
@@ -68,3 +77,22 @@ def words_of(tokenizer: Any) -> tuple[str, ...]:
     plain = [text for text in texts if (bare := text.strip()).isascii() and bare.isalpha() and bare.islower()]
     begun = [text[1:] for text in plain if text.startswith(" ") and len(text) > 2]
     return tuple(begun or (text.strip() for text in plain))
+
+
+def words_to_drill(vocabulary: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+    """The vocabulary's more usual words, and those that the texts have a few times, each once."""
+    counts = _counted(texts)
+    again = sorted(word for word, count in counts.items() if count >= _AGAIN)
+    return tuple(dict.fromkeys([*vocabulary[:_DRILLED], *again]))
+
+
+def whole_words(tokenizer: Any, vocabulary: Sequence[str], texts: Sequence[str]) -> frozenset[str]:
+    """The most usual words of the texts that are one token each, or of the vocabulary where there are no texts."""
+    usual = [word for word, _ in _counted(texts).most_common() if word.isascii() and word.isalpha()] or vocabulary
+    encode = tokenizer.backend_tokenizer.encode
+    single = (word for word in usual if len(encode(f" {word}", add_special_tokens=False).ids) == 1)
+    return frozenset(itertools.islice(single, _WHOLE))
+
+
+def _counted(texts: Sequence[str]) -> Counter[str]:
+    return Counter(word.lower().strip(".,;:!?()\"'") for text in texts for word in text.split())

@@ -67,7 +67,9 @@ def train(
     """
     parameters = {name: parameter for some, _ in groups for name, parameter in some.items()}
     optimizer = torch.optim.AdamW(
-        [{"params": list(some.values()), "lr": rate} for some, rate in groups], weight_decay=recipe.weight_decay
+        [{"params": list(some.values()), "lr": rate} for some, rate in groups],
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     batches = [
         batch for epoch in range(recipe.epochs) for batch in epoch_batches(lengths, recipe.batch, recipe.seed, epoch)

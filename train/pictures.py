@@ -38,6 +38,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 NUMBERS = ("one", "two", "three", "four")
 _WORD = re.compile(r"""[("']?(?:[A-Za-z]+(?:['-][A-Za-z]+)*|\d{1,4})[.,;:!?)"']{0,2}""")
 _MOST_LINES = 10
+LIST_WIDTH = 15  # characters of a line of FigStep's lists
 
 
 class Line(NamedTuple):
@@ -68,21 +69,22 @@ class Phrases:
     texts: tuple[tuple[str, ...], ...]
     words: tuple[str, ...]
     strung: float  # share of phrases made of single words
+    usual: float = 3.0  # how much more often the usual words come than the others: 1 is not at all
 
     @classmethod
-    def of(cls, texts: Iterable[str], words: Iterable[str], strung: float = 0.3) -> Phrases:
+    def of(cls, texts: Iterable[str], words: Iterable[str], strung: float = 0.3, usual: float = 3.0) -> Phrases:
         """Keeps words and short numbers with the marks around them. Raises `BadInput` where there is no word."""
         split = (tuple(word for word in text.split() if _WORD.fullmatch(word)) for text in texts)
         kept = tuple(text for text in split if len(text) >= 3)
         single = tuple(word for word in words if _WORD.fullmatch(word))
         if not single:
             raise BadInput("the vocabulary has no word of plain letters to draw")
-        return cls(kept, single, strung)
+        return cls(kept, single, strung, usual)
 
     def some(self, rng: random.Random, count: int) -> list[str]:
         """So many words, fewer where a text ends."""
         if not self.texts or rng.random() < self.strung:
-            words = [self.words[int(len(self.words) * rng.random() ** 3)] for _ in range(count)]
+            words = [self.words[int(len(self.words) * rng.random() ** self.usual)] for _ in range(count)]
             return [word.capitalize() if rng.random() < 0.15 else word for word in words]
         text = rng.choice(self.texts)
         first = rng.randrange(max(1, len(text) - count + 1))
@@ -130,6 +132,12 @@ class Painter:
         small = picture.image.resize((self.pixels, self.pixels), Image.Resampling.BICUBIC)
         return picture._replace(image=_worn(small, rng, 0.15 if style == "list" else 0.5))
 
+    def listed(self, text: str, items: bool) -> Picture:
+        """A text as FigStep draws it, with three empty items below or without."""
+        below = ["1.", "2.", "3."] if items else []
+        lines = textwrap.wrap(text, LIST_WIDTH)[: _MOST_LINES - len(below)] + below
+        return self._text(lines, self.list_font, 40, (380, 380), 10, 5, 5, "list")
+
     def _face(self, file: Path, size: int) -> Face:
         if (file, size) not in self._faces:
             self._faces[file, size] = Face(file, size)
@@ -141,7 +149,7 @@ class Painter:
         items = ["1.", "2.", "3."] if rng.random() < 0.4 else []
         most = 9 if items else 26
         phrase = " ".join([*opening, *self.phrases.some(rng, rng.randint(2, most) if rng.random() < 0.4 else most)])
-        lines = textwrap.wrap(phrase.rstrip(".") + ".", 15)[: _MOST_LINES - len(items)] + items
+        lines = textwrap.wrap(phrase.rstrip(".") + ".", LIST_WIDTH)[: _MOST_LINES - len(items)] + items
         file = self.list_font if rng.random() < 0.9 else rng.choice(self.fonts)
         part = 1 if rng.random() < 0.3 else 2
         size = 80 if file == self.list_font and rng.random() < 0.9 else rng.randint(66, 80)

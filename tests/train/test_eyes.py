@@ -25,7 +25,7 @@ from stockade.engine.models.eyes import template_with_images
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.prepare import encode
-from stockade.train.eyes import Course, Lesson, drawn, painter_of, train_eyes
+from stockade.train.eyes import Course, Lesson, drawn, exercise, painter_of, train_eyes
 from stockade.train.eyes_gaze import GAZES, look_along_rows
 from stockade.train.eyes_model import (
     EYES_FILE,
@@ -38,14 +38,18 @@ from stockade.train.eyes_model import (
     pixels_of,
 )
 from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
-from stockade.train.eyes_targets import EMPTY, wanted
-from stockade.train.eyes_texts import Texts, read_texts
+from stockade.train.eyes_targets import EMPTY, Speller, wanted
+from stockade.train.eyes_texts import Texts, read_texts, whole_words
 from stockade.train.loop import AnotherRun
-from stockade.train.pictures import OTHERS, Painter, Picture, default_fonts, usable_fonts
+from stockade.train.pictures import OTHERS, Line, Painter, Picture, default_fonts, usable_fonts
 from stockade.train.rows import DataMissing
 
 FONTS = default_fonts()[:2]
-TEXTS = Texts(("the quick brown fox jumps over the lazy dog",) * 3, ("a new text of some words",))
+TEXTS = Texts(
+    ("the quick brown fox jumps over the lazy dog",) * 3,
+    ("a new text of some words",),
+    (("What is quick?", "1. the brown fox"), ("And the dog?", "lazy")),
+)
 QUICK = Course(steps=3, batch=2, reading=2, letters=2, words=2)
 
 
@@ -83,20 +87,36 @@ def test_tokens_stand_where_they_begin_and_nothing_is_lost() -> None:
     tokenizer = byte_tokenizer(320).backend_tokenizer
     painter = painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6)
     picture = painter._text(["ab no"], FONTS[0], 60, (400, 400), 20, 30, 40, "page")
-    asked = wanted(picture, tokenizer)
+    asked = wanted(picture, Speller(tokenizer))
     row = patch_at(picture.lines[0].y)
     said = [int(token) for token in asked.tokens.view(SIDE, SIDE)[row] if token != EMPTY]
     assert tokenizer.decode(said) == " ab no"
     assert (asked.tokens != EMPTY).sum() == len(said)
     letters = [chr(32 + int(letter)) for letter in asked.letters.view(SIDE, SIDE, -1)[row].flatten() if letter]
     assert "".join(letters) == "abno"
-    caption = wanted(Picture(picture.image, "scene", caption="no"), tokenizer)
+    caption = wanted(Picture(picture.image, "scene", caption="no"), Speller(tokenizer))
     assert tokenizer.decode([int(token) for token in caption.tokens if token != EMPTY]) == " no"
+
+
+def test_usual_words_are_said_whole_and_others_patch_by_patch() -> None:
+    speller = Speller(byte_tokenizer(320).backend_tokenizer, frozenset({"the"}))
+    columns = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, 6]
+    line = Line("The fox. 12!", 0.5, tuple(range(12)))
+    ids, starts = speller.spelled(line, columns)
+    said: dict[int, list[int]] = {}
+    for id, start in zip(ids, starts, strict=True):
+        said.setdefault(start, []).append(id)
+    texts = {start: speller.tokenizer.decode(some) for start, some in said.items()}
+    assert texts == {0: " The", 4: " f", 5: "ox", 7: ".", 9: "12", 11: "!"}
+    assert speller.spelled(line._replace(text="tHE"), columns)[1].count(0) < len(" tHE")  # the word is another
+    assert (
+        whole_words(byte_tokenizer(320), ("b", "a"), ()) == frozenset()
+    )  # with the blank before it, each is two tokens
 
 
 def test_a_row_with_more_tokens_than_patches_keeps_the_first(painter: Painter) -> None:
     picture = painter._text(["abcdefghijklmnop"], FONTS[0], 20, (400, 400), 5, 5, 10, "page")
-    row = wanted(picture, byte_tokenizer(320).backend_tokenizer).tokens[:SIDE]
+    row = wanted(picture, Speller(byte_tokenizer(320).backend_tokenizer)).tokens[:SIDE]
     assert (row != EMPTY).all()
 
 
@@ -157,7 +177,7 @@ def test_a_lesson_is_learned(painter: Painter) -> None:
     torch.manual_seed(0)
     embedding, tokenizer = torch.randn(320, 64), byte_tokenizer(320)
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    lesson = Lesson(tokenizer, embedding.bfloat16(), torch.randn(SIDE * SIDE, 64))
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding.bfloat16(), torch.randn(SIDE * SIDE, 64))
     pictures = [drawn(painter, "0", number) for number in range(2)]
     optimizer = torch.optim.Adam(eyes.parameters(), lr=1e-3)
     losses = []
@@ -170,6 +190,26 @@ def test_a_lesson_is_learned(painter: Painter) -> None:
     lesson.letters_loss(eyes, pictures).backward()
     assert all(value.grad is not None for name, value in eyes.named_parameters() if "post_layernorm" not in name)
     assert 0 <= lesson.said(eyes, pictures) <= 1
+
+
+def test_every_word_is_told_from_words_that_begin_alike() -> None:
+    tokenizer = byte_tokenizer(320)
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE * SIDE, 64))
+    beginnings = {id: tokenizer.decode([id]).strip().lower()[:3] for id in lesson.vocabulary.tolist()}
+    for id, beginning in beginnings.items():
+        alike = lesson._alike(torch.tensor([id])).tolist()
+        assert {beginnings[other] for other in alike} == {beginning}
+
+
+def test_exercises_ask_for_the_text_or_for_an_answer_to_it(painter: Painter) -> None:
+    some = [exercise(painter, TEXTS.answered, "0", number) for number in range(40)]
+    assert some == [exercise(painter, TEXTS.answered, "0", number) for number in range(40)]
+    written = [one for one in some if one.whole]
+    assert 8 < len(written) < 32
+    assert all(one.answer == one.picture.text for one in written)
+    asked = {(one.picture.text.removesuffix(" 1. 2. 3."), one.answer) for one in some if not one.whole}
+    assert asked == set(TEXTS.answered)
+    assert all(one.whole for one in (exercise(painter, (), "0", number) for number in range(10)))
 
 
 def test_heads_look_at_the_patches_beside() -> None:
@@ -225,8 +265,11 @@ def test_a_tenth_of_the_questions_is_held_out_with_all_answers(tmp_path: Path) -
     assert not {text.rpartition(" ")[0] for text in texts.train} & {
         text.rpartition(" ")[0] for text in texts.held_out
     }
+    assert texts.answered[0] == ("q1", "answer 1 a")
+    assert [answer for _, answer in texts.answered] == list(texts.train)
     (tmp_path / "plain.txt").write_text("one text\n\nanother text\n")
-    assert len(sum(read_texts([tmp_path / "plain.txt"]), ())) == 2
+    plain = read_texts([tmp_path / "plain.txt"])
+    assert (len(plain.train) + len(plain.held_out), plain.answered) == (2, ())
 
 
 def test_what_cannot_be_used_is_refused_with_a_reason(tmp_path: Path) -> None:
