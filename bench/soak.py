@@ -361,7 +361,11 @@ def _check_rest(server: Any, complaints: list[str]) -> None:
     while (state.tasks or _under_way(server.port)) and time.monotonic() < ends:
         time.sleep(0.02)
     if state.tasks:
-        complaints.append(f"{len(state.tasks)} tasks are left")
+        stacks = [task.get_stack(limit=4) for task in list(state.tasks)]
+        where = "; ".join(
+            " > ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in stack) for stack in stacks
+        )
+        complaints.append(f"{len(stacks)} tasks are left: {where}")
     if _under_way(server.port):
         complaints.append("requests are left in the engine")
 

@@ -191,9 +191,14 @@ def test_rounds_are_interrupted_and_gone_on_with(tmp_path: Path, monkeypatch: py
             signal.raise_signal(signal.SIGINT)
         return rounds(plan, work, number)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DecodePlan, "_round", interrupted)
-        report = bench(*common, code=130)
+    # a shell that runs the tests in the background ignores the signal for them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(DecodePlan, "_round", interrupted)
+            report = bench(*common, code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not report["complete"] and [row["n"] for row in report["rows"]] == [1, 1]
     first = read_document(file).units
     report = bench(*common, "--resume")
