@@ -66,6 +66,8 @@ class QuantizedLinear:
             scale = self.scale.to(x.dtype)
             if x.dtype is torch.bfloat16 and len(x) <= FEW and not x.is_cuda:
                 y = torch._weight_int8pack_mm(x.contiguous(), self.weight, scale)
+            elif x.dtype is torch.float16:  # whose largest is soon reached by sums before their scale
+                y = F.linear(x, (self.weight.float() * self.scale.unsqueeze(1)).to(x.dtype))
             else:
                 y = F.linear(x, self.weight.to(x.dtype)).mul_(scale)
         else:
