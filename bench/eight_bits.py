@@ -15,13 +15,13 @@ from statistics import median
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.models.decoder import Decoder
 from ..engine.models.model import Model
 from ..engine.sampling import SamplingParams
+from ..kernels.paged_attention import attention_reference
 from ..train.data import Part, Source, at_most, read_set
 from ..train.features import passage, pooled_states
 from ..train.fit import auroc
@@ -77,10 +77,10 @@ def next_tokens(model: Model, ids: list[int]) -> Tensor:
     config = decoder.config
 
     def attend(index: int, qkv: Tensor) -> Tensor:
-        q, keys, values = qkv.transpose(0, 1).split((config.heads, config.kv_heads, config.kv_heads))
-        q, keys, values = (side.unsqueeze(0) for side in (q, keys, values))
-        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
+        q, kv = qkv.split((config.heads, 2 * config.kv_heads), 1)
+        keys, values = kv.transpose(0, 1).chunk(2)
+        scale, window, cap = config.attention_scale, config.windows[index], config.attention_cap
+        return attention_reference(q, keys, values, scale, window, cap).to(q.dtype)
 
     x, angles = decoder.embed(torch.tensor(ids)), decoder.angles(torch.arange(len(ids)))
     for index in range(decoder.depth):
