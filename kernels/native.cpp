@@ -2,9 +2,10 @@
 //
 // Weights are panels of 16 output columns, a panel is a row of tiles, a tile holds 32 inputs of 16 columns in the order
 // that TDPBF16PS reads them: [columns / 16][inputs / 32][16 pairs of inputs][16 columns][2]. Weights of 8 bits lie as
-// [columns / 16][inputs / 32][16 pairs of inputs][2][16 columns], become bf16, which holds each of them exactly, on their
-// way to the tiles, and meet their column's scale in the sum. Sums are fp32; a value is rounded to bf16 where it is stored. What a row becomes does not depend on the rows beside it, bit for bit: every
-// sum runs in one order, and what a mask hides adds exact zeros.
+// [columns / 16][inputs / 32][16 pairs of inputs][2][16 columns], become bf16, which holds each of them exactly, on
+// their way to the tiles, and meet their column's scale in the sum. Sums are fp32; a value is rounded to bf16 where it
+// is stored. What a row becomes does not depend on the rows beside it, bit for bit: every sum runs in one order, and
+// what a mask hides adds exact zeros.
 
 #include <immintrin.h>
 #include <omp.h>
