@@ -92,6 +92,8 @@ class Engine:
             models = load_models(
                 model, detector, detoxifier, probe, device=device, dtype=dtype, weights=kind, kv_dtype=kv_dtype
             )
+        elif weights is not None or kv_dtype is not None:
+            raise BadInput("models are loaded already: give weights and kv_dtype to load_models")
         cuda = models.device.type == "cuda"
         self.models = models.models
         self.device = models.device

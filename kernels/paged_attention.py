@@ -66,13 +66,15 @@ Span: TypeAlias = SequenceSpan | DecodeGroup
 def write_kv(cache: LayerKV, rows: Tensor, kv: Tensor, scale: Tensor | None = None) -> None:
     """Store kv [tokens, 2 * kv_heads, head_dim] (keys first) at `rows` [tokens] of the pool.
 
-    scale: [2 * kv_heads] fp32 of pages of fp8: what is stored times it is the number; beyond the largest, it is that.
+    scale: [2 * kv_heads] fp32 of pages of fp8: what is stored times it is the number; beyond the largest, it is that,
+    but an infinity becomes NaN, so that nothing finite is computed from it.
     """
     if scale is None:
         cache.kv.index_copy_(1, rows, kv.transpose(0, 1))
         return
     largest = torch.finfo(FP8).max
-    narrow = (kv.float() / scale.unsqueeze(1)).clamp(-largest, largest).to(FP8)
+    narrow = (kv.float() / scale.unsqueeze(1)).clamp(-largest, largest)
+    narrow = narrow.masked_fill_(kv.isinf(), float("nan")).to(FP8)
     # torch moves no numbers of 8 bits by an index, but bytes
     cache.kv.view(torch.uint8).index_copy_(1, rows, narrow.view(torch.uint8).transpose(0, 1))
 

@@ -321,9 +321,11 @@ class Decoder:
 
     @property
     def way_of_running(self) -> str:
-        """All that keys and values depend on beside the weights: rotary scaling, windows …"""
+        """All that keys and values depend on beside the weights: rotary scaling, windows, scales of their pages …"""
         rotary = sorted(rope_parameters(self.config.rope).items())
-        return f"{replace(self.config, rope=None)} {rotary} {self.weights}"
+        # measured over what its tokenizer makes of a text, so that equal weights may have others
+        scales = None if self.kv_scales is None else self.kv_scales.tolist()
+        return f"{replace(self.config, rope=None)} {rotary} {self.weights} {scales}"
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [n] -> [n, hidden]."""

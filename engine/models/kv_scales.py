@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.paged_attention import FP8, attention_reference
+from ..errors import CannotQuantize
 
 if TYPE_CHECKING:
     from .decoder import Decoder
 
 # The spacing of e4m3 grows with its numbers, so room above what was seen costs no precision but of the smallest.
 HEADROOM = 2.0
+SMALLEST = 1e-30  # that a head is scaled to: one over the scale has to be a number of fp32
 # Prose, numbers, code, other scripts, a table: what makes keys and values large differs from head to head.
 TEXT = """The old lighthouse keeper counted 1,024 steps; at 3:45 p.m. on 12 March 1987 he wrote: "Wind NW, 7 knots."
 def mean(values): return sum(values) / max(1, len(values))  # never divides by zero
@@ -27,7 +29,10 @@ Question: why is the sky blue? Answer: short waves are scattered more than long 
 
 @torch.inference_mode()
 def measured(decoder: Decoder, ids: list[int]) -> Tensor:
-    """[layers, 2 * kv_heads] fp32, keys' first: what a stored number is multiplied by, from one pass over a text."""
+    """[layers, 2 * kv_heads] fp32, keys' first: what a stored number is multiplied by, from one pass over a text.
+
+    Raises `CannotQuantize` where that computes numbers that are not finite.
+    """
     config, device = decoder.config, decoder.device
     largest = torch.zeros(decoder.depth, 2 * config.kv_heads, device=device)
 
@@ -42,4 +47,8 @@ def measured(decoder: Decoder, ids: list[int]) -> Tensor:
     angles = decoder.angles(torch.arange(len(ids), device=device))
     for index in range(decoder.depth):
         x = decoder.block(index, x, angles, attend)
-    return torch.where(largest > 0, largest, 1.0) * (HEADROOM / torch.finfo(FP8).max)
+    if not bool(largest.isfinite().all()):
+        raise CannotQuantize(
+            "kv_dtype='fp8': keys and values of plain text are not all finite, so they have no scales"
+        )
+    return torch.where(largest > SMALLEST, largest, 1.0) * (HEADROOM / torch.finfo(FP8).max)

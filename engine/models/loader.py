@@ -358,6 +358,7 @@ class _Parts:
             self.slots.update(self.vision.slots())
 
     def finish(self, content_hash: str, codec: Codec) -> _Loaded:
+        self.slots.clear()  # they would keep every weight that is replaced by its packed or narrow form
         try:
             self.decoder.freeze()
         except NoEightBits as error:

@@ -35,7 +35,8 @@ def rope_write(
     qkv: [rows, heads + 2 * kv_heads, head_dim], contiguous; its keys and values stay. cos, sin:
     [rows, 1, head_dim] as of `rope_angles`, the second half of each like the first but for sin's sign. cache: its
     dtype is qkv's, or fp8 (e4m3) with kv_scale [2 * kv_heads] fp32, keys first: what is stored times the scale is the
-    number; beyond the largest, 448, it is that. A row's padding up to 16 bytes is zeroed. write_rows: [rows] int32 or
+    number; beyond the largest, 448, it is that, but an infinity becomes NaN, so that nothing finite is computed from
+    it. A row's padding up to 16 bytes is zeroed. write_rows: [rows] int32 or
     int64; a row with -1 is padding, of which nothing is read or written. q_norm, k_norm: [head_dim], weights of
     RMSNorms of each head with `eps`, rounded as by `add_rms_norm`. Raises `KernelArgumentError`.
     """
@@ -153,6 +154,8 @@ def _rope_write(
     kept = inside & (heads >= HEADS)
     head = (heads - HEADS).to(tl.int64)
     if SCALED:
+        t_first = tl.where(tl.abs(t_first) == float("inf"), float("nan"), t_first)
+        t_second = tl.where(tl.abs(t_second) == float("inf"), float("nan"), t_second)
         inverse_scale = 1.0 / tl.load(kv_scale + head, mask=(heads >= HEADS) & (heads < EVERY), other=1.0)
         t_first *= inverse_scale
         t_second *= inverse_scale

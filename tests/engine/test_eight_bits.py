@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from stockade.engine.guards import Guard
 from stockade.engine.models.adapters import read_adapter
 from stockade.engine.models.attached import AttachedAdapter
 from stockade.engine.models.decoder import Decoder
+from stockade.engine.models.kv_scales import measured
 from stockade.engine.models.loader import load_models
 from stockade.engine.sampling import SamplingParams
 from stockade.kernels import backend
+from stockade.kernels.linear import Linear
 from stockade.kernels.paged_attention import FP8, LayerKV, SequenceSpan, widened, write_kv
+from stockade.kernels.quantized import Kind
 from tests.engine.test_parity import last_logits, prompts
 from tests.models.test_attached import save_lora
 from tests.models.test_gguf import tiny, write
@@ -177,7 +182,48 @@ def test_scales_leave_room_above_what_was_seen(checkpoint: Callable[[str], Path]
     assert torch.equal(scales, decoder_of(narrow(checkpoint("llama-gqa"))).kv_scales)
 
 
-def test_what_is_beyond_the_largest_is_that_and_nan_stays_one() -> None:
+def test_pages_are_not_those_of_other_scales(checkpoint: Callable[[str], Path]) -> None:
+    backbone = narrow(checkpoint("llama-gqa")).models["mllm"].backbone
+    decoder = backbone.decoder
+    assert isinstance(decoder, Decoder) and decoder.kv_scales is not None
+    here = backbone.cache_key
+    decoder.narrow_pages(2 * decoder.kv_scales)  # as of the same weights with another tokenizer
+    assert replace(backbone).cache_key != here
+
+
+def test_weights_that_compute_no_numbers_have_no_scales(checkpoint: Callable[[str], Path]) -> None:
+    decoder = decoder_of(narrow(checkpoint("llama-gqa"), None))
+    for broken in (float("nan"), float("inf")):
+        decoder.embedding[7].fill_(broken)
+        with pytest.raises(CannotQuantize, match="not all finite"):
+            measured(decoder, [5, 6, 7])
+    decoder.embedding.fill_(1e-40)
+    assert measured(decoder, [5, 6, 7]).reciprocal().isfinite().all()
+
+
+def test_weights_are_given_away_one_by_one_as_they_are_quantized(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize, kept = Linear.quantize, []
+
+    def watched(linear: Linear, kind: Kind) -> None:
+        wide = ref(linear.weight)
+        quantize(linear, kind)
+        kept.append(wide() is not None)
+
+    monkeypatch.setattr(Linear, "quantize", watched)
+    engine(checkpoint("llama-gqa"), "int8")
+    assert kept and not any(kept)
+
+
+def test_models_that_are_loaded_stay_as_they_are() -> None:
+    models = load_models("tiny-llama", device="cpu")
+    for asked in ({"weights": "int8"}, {"kv_dtype": "fp8"}):
+        with pytest.raises(BadInput, match="models are loaded already"):
+            Engine(models=models, kv_bytes=4 << 20, **asked)  # type: ignore[arg-type]
+
+
+def test_what_is_beyond_the_largest_is_that_but_no_infinity_and_nan_stays_one() -> None:
     kv = torch.zeros(2, 16, 16, dtype=FP8)
     cache = LayerKV(kv, kv[:1].unsqueeze(0), kv[1:].unsqueeze(0))
     rows = torch.tensor([[1e9], [float("nan")]]).expand(2, 16).unsqueeze(0)
@@ -186,6 +232,10 @@ def test_what_is_beyond_the_largest_is_that_and_nan_stays_one() -> None:
     wide, (span,) = widened(cache, [SequenceSpan(0, 1, ((3, 1),))], scale, torch.float32)
     assert span.runs == ((0, 1),)
     assert (wide.kv[0] == 224.0).all() and wide.kv[1].isnan().all()
+    write_kv(
+        cache, torch.tensor([4]), torch.tensor([[float("inf")], [float("-inf")]]).expand(2, 16).unsqueeze(0), scale
+    )
+    assert kv[:, 4].float().isnan().all()
 
 
 def test_other_pages_are_refused(checkpoint: Callable[[str], Path]) -> None:
