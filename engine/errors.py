@@ -116,7 +116,7 @@ class UnknownArchitecture(CheckpointError):
 
 
 class CannotQuantize(CheckpointError):
-    """Weights of 8 bits are asked for where the device has no products of them, or the model no such form."""
+    """Weights or pages of 8 bits are asked for where the device does not know them, or the model has no such form."""
 
 
 class CacheWriteFailed(StockadeError, OSError):

@@ -61,6 +61,8 @@ class Checkpoint:
     source: TensorSource
     tokenizer_path: Path
     """The folder with tokenizer and processor files, or the GGUF file that holds the tokenizer."""
+    quantized: bool = False
+    """Whether any of its weights, or of those that an adapter is merged into, is held in fewer bits than 16."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,7 +118,7 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
 
 def _open_gguf(path: Path, file: Path) -> Checkpoint:
     source = GgufFile(file)
-    return Checkpoint(path, source.config(), source, file)
+    return Checkpoint(path, source.config(), source, file, source.quantized)
 
 
 def _open_adapter(path: Path, base: str | Path | None) -> Checkpoint:
@@ -130,9 +132,8 @@ def _open_adapter(path: Path, base: str | Path | None) -> Checkpoint:
     opened = open_checkpoint(base)
     source = MergedSource(opened.source, adapter)
     own_tokenizer = (path / "tokenizer_config.json").is_file()
-    return Checkpoint(
-        path, _adapted_config(opened.config, adapter), source, path if own_tokenizer else opened.tokenizer_path
-    )
+    tokenizer_path = path if own_tokenizer else opened.tokenizer_path
+    return Checkpoint(path, _adapted_config(opened.config, adapter), source, tokenizer_path, opened.quantized)
 
 
 def _adapted_config(config: PretrainedConfig, adapter: Adapter) -> PretrainedConfig:

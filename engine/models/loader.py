@@ -22,7 +22,6 @@ from .checkpoint import Checkpoint, ContentHash, open_checkpoint
 from .decoder import FAMILIES, Decoder, DecoderConfig
 from .eight_bits import check_device, check_pages
 from .eyes import read_eyes, template_with_images
-from .gguf_file import GgufFile
 from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
 from .json_file import read_json
 from .kv_scales import TEXT, measured
@@ -114,7 +113,7 @@ def load_models(
     head fitted on the states that the MLLM has while it answers. A bundle as model, with eyes or without, brings its
     own detector, detoxifier and probe. weights: 8 bits for the maps of all decoders' layers, quantized as they are
     loaded. kv_dtype: "fp8" for keys and values in pages of 8 bits. Both raise `CannotQuantize` where they cannot be,
-    before any weights are read.
+    before that model's weights are read, but for numbers that are not finite.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype), weights, kv_dtype)
@@ -257,7 +256,7 @@ class _Loader:
         if isinstance(source, tuple) and _is_eyes(source[0]):
             return self._with_eyes(Path(source[0]), source[1])
         checkpoint = _open(source)
-        if self.weights is not None and isinstance(checkpoint.source, GgufFile) and checkpoint.source.quantized:
+        if self.weights is not None and checkpoint.quantized:
             raise CannotQuantize(
                 f"{checkpoint.path} is quantized already; weights={self.weights!r} takes weights of 16 or 32 bits"
             )

@@ -33,7 +33,7 @@ from tests.models.test_gguf import tiny, write
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
-def engine(folder: Path | str, weights: str | None, dtype: torch.dtype = torch.float32) -> Engine:
+def engine(folder: Path | str | tuple[Path, Path], weights: str | None, dtype: torch.dtype = torch.float32) -> Engine:
     return Engine(folder, device="cpu", dtype=dtype, kv_bytes=4 << 20, weights=weights)
 
 
@@ -122,6 +122,10 @@ def test_what_cannot_be_is_refused_before_weights_are_read(checkpoint: Callable[
     write(tmp_path / "packed.gguf", tiny(), GGMLQuantizationType.Q8_0)
     with pytest.raises(CannotQuantize, match=r"is quantized already; weights='int8' takes weights of 16 or 32 bits"):
         engine(tmp_path / "packed.gguf", "int8")
+    tiny().save_pretrained(tmp_path / "base")
+    save_lora(tmp_path / "base", tmp_path / "lora")
+    with pytest.raises(CannotQuantize, match="is quantized already"):
+        engine((tmp_path / "lora", tmp_path / "packed.gguf"), "int8")
 
 
 def narrow(folder: Path | str, kv_dtype: str | None = "fp8", **more: Any) -> Engine:
