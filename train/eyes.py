@@ -132,7 +132,7 @@ class EyesCard:
             for steps, what, losses in zip(
                 (course.reading, course.letters, course.words, course.steps),
                 (
-                    "through the language model, for the vectors of empty patches",
+                    "through the language model, for how patches speak to it",
                     "of the lower layers for letters",
                     "of the upper layers for words",
                     "of all",
@@ -146,7 +146,9 @@ class EyesCard:
             f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
             f"image is shrunk to {SHRUNK} x {SHRUNK} pixels, loses its margin and becomes {SIDE * SIDE} tokens. The "
             "language model is as it was. The eyes read a few lines of large printed English and name simple "
-            "colored shapes; they see nothing else, and of a photograph they say words that mean nothing.\n\n"
+            "colored shapes; they see nothing else, and of a photograph they say words that mean nothing. They say "
+            "usual words whole and all others in pieces of two or three letters, which a small language model reads "
+            "with mistakes.\n\n"
             f"Trained on {sum(map(len, self.losses[1:])) * course.batch:,} pictures, drawn for the purpose: "
             f"{course.lists:.0%} lists in FigStep's style (font {self.list_font}), pages, banners and scenes of "
             f"shapes, in the fonts {', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts and the "
