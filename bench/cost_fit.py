@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from ..engine.errors import BadInput
 from .document import BadDocument, Document, read_document
 from .step_costs import StepCost
 
+TILE = 16  # rows of AMX's tiles, and of the smallest matrix products on GPUs
 ENOUGH = 6  # different batches of a lane from which a fit is worth its name
 _TOLERANCE = 0.1  # relative error above which a batch counts less: something else wanted the machine
 
@@ -70,8 +72,9 @@ class Costs(Protocol):
 
 
 class LaneFit(NamedTuple):
-    """Seconds = base + decode, prefill and guard rows x their prices + images x theirs. error: median relative error
-    over the `batches` it was fitted to. unseen: rows that were in none of them; they cost what similar ones do."""
+    """Seconds = base + decode, prefill and guard rows x their prices + images and tiles x theirs. tile: of `TILE`
+    rows or fewer, which matrix units multiply at once. error: median relative error over the `batches` it was
+    fitted to. unseen: rows that were in none of them; they cost what similar ones do."""
 
     base: float
     decode: float
@@ -81,13 +84,14 @@ class LaneFit(NamedTuple):
     batches: int
     error: float
     unseen: tuple[str, ...] = ()
+    tile: float = 0.0
 
     def seconds(self, load: StepLoad) -> float:
         rows = self.decode * load.decode + self.prefill * load.prefill + self.guard * load.guard
-        return self.base + rows + self.image * load.images
+        return self.base + rows + self.image * load.images + self.tile * ceil(load.rows / TILE)
 
     def slower(self, factor: float) -> LaneFit:
-        prices = {name: factor * getattr(self, name) for name in ("base", *_ROWS, "image")}
+        prices = {name: factor * getattr(self, name) for name in ("base", *_ROWS, "image", "tile")}
         return self._replace(**prices)
 
 
@@ -122,6 +126,7 @@ class FittedCosts:
                 "base_ms": round(1e3 * fit.base, 4),
                 **{f"{rows}_row_us": round(1e6 * getattr(fit, rows), 3) for rows in _ROWS},
                 "image_ms": round(1e3 * fit.image, 4),
+                "tile_ms": round(1e3 * fit.tile, 4),
                 "batches": fit.batches,
                 "median_error_percent": round(100.0 * fit.error, 2),
                 "unseen": list(fit.unseen),
@@ -187,7 +192,7 @@ def _fit_lane(steps: Sequence[StepCost]) -> LaneFit:
     rows = np.array([[step.decode, step.prefill, step.guard] for step in steps], dtype=float)
     seconds = np.array([step.seconds - step.vision for step in steps])
     batches = np.array([step.batches for step in steps], dtype=float)
-    inputs = np.column_stack([np.ones(len(rows)), rows])
+    inputs = np.column_stack([np.ones(len(rows)), rows, np.ceil(rows.sum(axis=1) / TILE)])
     # what is frequent decides how long a run takes, but what is rare must be priced too
     weights = np.minimum(batches, 400.0) ** 0.5 / seconds
     prices = _least_squares(inputs, seconds, weights)
@@ -195,7 +200,7 @@ def _fit_lane(steps: Sequence[StepCost]) -> LaneFit:
         error = np.abs(inputs @ prices / seconds - 1.0)
         prices = _least_squares(inputs, seconds, weights * np.sqrt(np.minimum(1.0, _TOLERANCE / (error + 1e-12))))
     errors = np.abs(inputs @ prices / seconds - 1.0)
-    base, decode, prefill, guard = prices.tolist()
+    base, decode, prefill, guard, tile = prices.tolist()
     unseen = tuple(name for name, column in zip(_ROWS, rows.T, strict=True) if not column.any())
     # rows of a guard go through the same layers as those of a prompt
     if "guard" in unseen:
@@ -206,7 +211,7 @@ def _fit_lane(steps: Sequence[StepCost]) -> LaneFit:
         decode = prefill
     towers = [step.vision for step in steps if step.images and step.vision > 0]
     image = float(np.median(towers)) if towers else 0.0
-    return LaneFit(base, decode, prefill, guard, image, int(batches.sum()), float(np.median(errors)), unseen)
+    return LaneFit(base, decode, prefill, guard, image, int(batches.sum()), float(np.median(errors)), unseen, tile)
 
 
 def _least_squares(inputs: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:

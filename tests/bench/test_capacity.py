@@ -78,6 +78,18 @@ def test_prices_are_found_again_although_some_steps_were_disturbed():
     assert found.error < 0.01
 
 
+def test_tiles_that_are_half_empty_cost_what_full_ones_do():
+    steps = []
+    for rows in (1, 2, 5, 11, 15, 16, 17, 22, 32, 33, 64):
+        for prefill in (0, 64):
+            seconds = 0.012 + 0.0002 * rows + 0.005 * -(-(rows + prefill) // 16)
+            steps.append(StepCost("mllm", rows, prefill, 0, False, 3, seconds, 0.0))
+    found = fit(steps, "here").lanes["mllm"]
+    assert (found.base, found.decode, found.tile) == pytest.approx((0.012, 0.0002, 0.005), rel=0.01)
+    assert found.seconds(StepLoad(decode=17)) - found.seconds(StepLoad(decode=16)) == pytest.approx(0.0052, rel=0.01)
+    assert found.slower(2.0).seconds(StepLoad(decode=17)) == pytest.approx(2 * found.seconds(StepLoad(decode=17)))
+
+
 def test_rows_that_were_never_seen_cost_what_similar_rows_do_and_are_named():
     steps = [
         StepCost("mllm", d, p, 0, False, 1, 0.01 + 0.001 * d + 0.0002 * p, 0.0) for d in range(4) for p in (0, 64)
