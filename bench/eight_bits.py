@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.models.decoder import Decoder
+from ..engine.models.dense import dense
 from ..engine.models.model import Model
 from ..engine.sampling import SamplingParams
-from ..kernels.paged_attention import attention_reference
 from ..train.data import Part, Source, at_most, read_set
 from ..train.features import passage, pooled_states
 from ..train.fit import auroc
@@ -74,18 +74,7 @@ def next_tokens(model: Model, ids: list[int]) -> Tensor:
     """The likeliest token after each of the last FORCED of `ids`."""
     decoder = model.backbone.decoder
     assert isinstance(decoder, Decoder)
-    config = decoder.config
-
-    def attend(index: int, qkv: Tensor) -> Tensor:
-        q, kv = qkv.split((config.heads, 2 * config.kv_heads), 1)
-        keys, values = kv.transpose(0, 1).chunk(2)
-        scale, window, cap = config.attention_scale, config.windows[index], config.attention_cap
-        return attention_reference(q, keys, values, scale, window, cap).to(q.dtype)
-
-    x, angles = decoder.embed(torch.tensor(ids)), decoder.angles(torch.arange(len(ids)))
-    for index in range(decoder.depth):
-        x = decoder.block(index, x, angles, attend)
-    return decoder.logits(x[-FORCED:]).argmax(1)
+    return decoder.logits(dense(decoder, ids)[-FORCED:]).argmax(1)
 
 
 def agreement(plain: Engine, narrow: Engine, data: Path, answers: int) -> tuple[float, int]:

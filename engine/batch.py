@@ -255,12 +255,13 @@ def _decode_group(works: list[Work], start: int) -> DecodeGroup | None:
         rows.append(row)
     if len(rows) < 2:
         return None
-    device = works[0].sequence.model.backbone.decoder.device
+    decoder = works[0].sequence.model.backbone.decoder
+    device = decoder.device
     lengths = [work.start + 1 for work in works[: len(rows)]]
     longest = max(lengths)
     mask = None
     if min(lengths) < longest:
         beyond = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device).unsqueeze(1)
-        mask = torch.zeros(len(rows), longest, dtype=works[0].sequence.model.backbone.decoder.dtype, device=device)
+        mask = torch.zeros(len(rows), longest, dtype=decoder.dtype, device=device)
         mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]
     return DecodeGroup(start, len(rows), rows[0], rows[1] - rows[0], longest, mask)

@@ -191,22 +191,13 @@ inline int64_t place(int64_t row, int64_t column, int64_t k) {
 
 // Adds inputs times `k_tiles` tiles of two panels to the sums. b: the inputs of rows 16-31, or null.
 inline void accumulate(const bf16* a, const bf16* b, const uint8_t* w0, const uint8_t* w1, int64_t k_tiles) {
-    if (!b) {
-        for (int64_t k = 0; k < k_tiles; k++) {
-            _tile_loadd(4, a + k * 512, 64);
-            _tile_loadd(6, w0 + k * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w1 + k * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        return;
-    }
     for (int64_t k = 0; k < k_tiles; k++) {
         _tile_loadd(4, a + k * 512, 64);
         _tile_loadd(6, w0 + k * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w1 + k * TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
+        if (!b) continue;
         _tile_loadd(5, b + k * 512, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);

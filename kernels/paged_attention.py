@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantized import FP8
 from .ragged import RaggedTables
 
 TILE_ROWS, TILE_COLUMNS = 32, 64
-FP8 = torch.float8_e4m3fn
 
 
 class LayerKV(NamedTuple):

@@ -211,6 +211,7 @@ def train_eyes(
     words = words_of(tokenizer)
     speller = Speller(tokenizer.backend_tokenizer, whole_words(tokenizer, words, texts.train))
     reader = Reader(language, tokenizer, token, speller)
+    short = [pair for pair in texts.answered if len(pair[0]) <= _LONGEST_QUESTION and pair[0].isascii()]
     speech = Speech(reader.embedding, reader.blank).to(device)
     rehearsed = train(
         [
@@ -220,7 +221,7 @@ def train_eyes(
         ],
         [1] * (_READ * course.reading),
         lambda numbers: reader.loss(
-            speech, [exercise(painter, texts.answered, str(course.seed), number) for number in numbers]
+            speech, [exercise(painter, short, str(course.seed), number) for number in numbers]
         ),
         Recipe(rate=0.02, epochs=1, batch=_READ, seed=course.seed, adapter="full", weight_decay=0.0),
         folder.work / "reading.pt",
@@ -303,11 +304,10 @@ class Exercise(NamedTuple):
 def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, number: int) -> Exercise:
     """Most ask for what stands in the picture, the others for an answer to it, where there are any."""
     rng = random.Random(f"{seed} exercise {number}")
-    short = [pair for pair in answered if len(pair[0]) <= _LONGEST_QUESTION and pair[0].isascii()]
-    if not short or rng.random() < 0.7:
+    if not answered or rng.random() < 0.7:
         picture = drawn(painter, seed, number)
         return Exercise(picture, TRANSCRIBE, picture.text, whole=True)
-    text, answer = rng.choice(short)
+    text, answer = rng.choice(answered)
     _, one, items = answer.partition("1. ")
     if one and rng.random() < 0.7:
         return Exercise(painter.listed(text, items=True), rng.choice(_ITEMS), one + items, whole=False)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...kernels.paged_attention import FP8, attention_reference
+from ...kernels.quantized import FP8
 from ..errors import CannotQuantize
+from .dense import dense
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -33,20 +34,12 @@ def measured(decoder: Decoder, ids: list[int]) -> Tensor:
 
     Raises `CannotQuantize` where that computes numbers that are not finite.
     """
-    config, device = decoder.config, decoder.device
-    largest = torch.zeros(decoder.depth, 2 * config.kv_heads, device=device)
+    largest = torch.zeros(decoder.depth, 2 * decoder.config.kv_heads, device=decoder.device)
 
-    def attend(index: int, qkv: Tensor) -> Tensor:
-        q, kv = qkv.split((config.heads, 2 * config.kv_heads), 1)
+    def note(index: int, kv: Tensor) -> None:
         largest[index] = kv.float().abs().amax((0, 2))
-        keys, values = kv.transpose(0, 1).chunk(2)
-        scale, window, cap = config.attention_scale, config.windows[index], config.attention_cap
-        return attention_reference(q, keys, values, scale, window, cap).to(q.dtype)
 
-    x = decoder.embed(torch.tensor(ids, device=device))
-    angles = decoder.angles(torch.arange(len(ids), device=device))
-    for index in range(decoder.depth):
-        x = decoder.block(index, x, angles, attend)
+    dense(decoder, ids, note)
     if not bool(largest.isfinite().all()):
         raise CannotQuantize(
             "kv_dtype='fp8': keys and values of plain text are not all finite, so they have no scales"

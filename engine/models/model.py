@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ...kernels.paged_attention import FP8
+from ...kernels.quantized import FP8
 from ..kv_pages import KVLayout
 from ..text import Codec
 from .attached import AttachedAdapter

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..paged_attention import LayerKV
+from ..quantized import FP8
 from ..ragged import RaggedTables
 from .common import (
     FLOATS,
@@ -30,7 +31,6 @@ from .common import (
     target_of,
 )
 
-FP8 = torch.float8_e4m3fn
 LOG2E = 1.4426950408889634
 MAX_DIM = 256
 MAX_GROUP = 128  # query heads of a key head

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..quantized import FP8
 from .common import FLOATS, Launch, check, check_device, check_tensor
 
-FP8 = torch.float8_e4m3fn
 MAX_WIDTH = 32768
 
 

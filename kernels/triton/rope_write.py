@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..paged_attention import LayerKV
+from ..quantized import FP8
 from .common import FLOATS, Launch, check, check_device, check_tensor
 
 MAX_HEAD_DIM = 256
-FP8 = torch.float8_e4m3fn
 TILE = 2048  # numbers of each half of a head that a program of 4 warps turns: 4 loads of 16 bytes a thread
 
 

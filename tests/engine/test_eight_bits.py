@@ -24,8 +24,8 @@ from stockade.engine.models.loader import load_models
 from stockade.engine.sampling import SamplingParams
 from stockade.kernels import backend
 from stockade.kernels.linear import Linear
-from stockade.kernels.paged_attention import FP8, LayerKV, SequenceSpan, widened, write_kv
-from stockade.kernels.quantized import Kind
+from stockade.kernels.paged_attention import LayerKV, SequenceSpan, widened, write_kv
+from stockade.kernels.quantized import FP8, Kind
 from tests.engine.test_parity import last_logits, prompts
 from tests.models.test_attached import save_lora
 from tests.models.test_gguf import tiny, write

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stockade.kernels.quantized import _by_row
+from stockade.kernels.quantized import FP8, _by_row
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
-from stockade.kernels.triton.quantize_rows import FP8, quantize_rows
+from stockade.kernels.triton.quantize_rows import quantize_rows
 from tests.kernels.triton.bounds import NAN
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that the interpreter computes

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stockade.kernels.paged_attention import LayerKV
+from stockade.kernels.quantized import FP8
 from stockade.kernels.rms_norm import rms_norm_reference
 from stockade.kernels.rope import rope_, rope_angles
 from stockade.kernels.triton.common import FLOATS, KernelArgumentError
-from stockade.kernels.triton.rope_write import FP8, rope_write
+from stockade.kernels.triton.rope_write import rope_write
 from tests.kernels.triton.bounds import NAN, assert_as_exact
 
 EPS = 1e-6
