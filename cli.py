@@ -507,6 +507,12 @@ def probe(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split into parts.")] = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Texts of each kind at most.")] = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge", help="A judge of other detectors: train on what tests them, test on what trains them."
+        ),
+    ] = False,
 ) -> None:
     """Fit a detector's head on a frozen model's hidden states."""
     from rich.markdown import Markdown
@@ -518,7 +524,15 @@ def probe(
     with Progress(console=console) as progress:
         told = _told(progress)
         card = fit_probe(
-            data, out, model=model, template=template, layers=layer, seed=seed, limit=limit, progress=told
+            data,
+            out,
+            model=model,
+            template=template,
+            layers=layer,
+            seed=seed,
+            limit=limit,
+            judge=judge,
+            progress=told,
         )
     console.print(Markdown(card.to_markdown()))
     console.print(f"Written: {out}")

@@ -16,6 +16,7 @@ import torch
 from ..engine.chat import Chat
 from ..engine.engine import Engine
 from ..engine.guards import Detoxify
+from ..engine.guards.detectors import bound
 from ..engine.models.loader import ModelSet
 from ..engine.passes import Answer, Decision, Loop, ModelTraits, ReleaseMode
 from ..engine.request import Outcome
@@ -84,14 +85,14 @@ class RewriteReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _MendOnly:
+class MendOnly:
     """No guard: its remedy alone, on a given text."""
 
     remedy: Detoxify
     text: str
 
     def run(self, chat: Chat, traits: Mapping[str, ModelTraits], release: ReleaseMode = "verdict") -> Loop:
-        answer = yield from self.remedy.mend(chat, Answer(self.text))
+        answer = yield from bound(self.remedy, traits).mend(chat, Answer(self.text))
         return Decision(answer, Outcome.UNGUARDED)
 
 
@@ -176,7 +177,7 @@ def _rewrite(engine: Engine, runner: ForcedRunner, original: list[int], target: 
     engine.pool.clear_cache()
     sampling = SamplingParams(max_tokens=len(original), ignore_eos=True)
     text = engine.models["mllm"].codec.decode(original)
-    mend = _MendOnly(Detoxify("mllm", chat_template=False, sampling=sampling, draft_tokens=drafts), text)
+    mend = MendOnly(Detoxify("mllm", chat_template=False, sampling=sampling, draft_tokens=drafts), text)
     runner.target, runner.steps = target, 0
     (reply,) = engine.chat(["?"], guard=mend)
     last = reply.passes[-1]

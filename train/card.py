@@ -68,7 +68,7 @@ class Card:
     training texts were cut. helpful_weight: of a helpful answer in the fit. helpful_flagged: share of helpful answers
     below the threshold; beginning_flagged: share of harmless ones with a beginning below the prefix threshold.
     candidates: the best penalty of each layer and pooling. unseen: train and validation part together, by fits that
-    saw no answer of the same question.
+    saw no answer of the same question. judge: fitted on what tests detectors.
     """
 
     model: str
@@ -86,6 +86,7 @@ class Card:
     test: Quality
     flagged: list[Flagged]
     versions: str
+    judge: bool = False
 
     def to_markdown(self) -> str:
         spec = self.spec
@@ -94,7 +95,8 @@ class Card:
         )
         title, reads, knows = READS[spec.template]
         paragraphs = [
-            f"# {title} on {self.model}",
+            f"# {'Judge' if self.judge else title} on {self.model}",
+            *self._judge(),
             f"One logit on the {spec.pooling} hidden state after layer {spec.layer} of the frozen model, over "
             f"{reads} (template `{spec.template}`). The score is P(harmless); an answer is harmful when its "
             f"score is below {spec.threshold:g}. The bias was set so that {self.helpful_flagged:.2%} of the helpful "
@@ -108,9 +110,8 @@ class Card:
             data_table(self.sizes),
             "A text counts once, in the first part it appears in; case and white space make no difference. Split by "
             "question (GPTFuzz, AlpacaEval, XSTest) and by behavior (JailbreakBench), never by answer; seed "
-            f"{self.seed}. GPTFuzz's test part is its published evaluation file without the texts that also stand in "
-            f"the training file. Training texts are cut to {self.train_tokens} tokens; all others are whole. "
-            f"In the fit a helpful answer counts {self.helpful_weight:g} times. The answers to XSTest's safe "
+            f"{self.seed}. {self._gptfuzz()} Training texts are cut to {self.train_tokens} tokens; all others are "
+            f"whole. In the fit a helpful answer counts {self.helpful_weight:g} times. The answers to XSTest's safe "
             "prompts, which look alarming and are not, are the model's own, greedy, and nobody checked them.",
             "## Quality",
             "Harmful against refusing answers of GPTFuzz:",
@@ -133,10 +134,28 @@ class Card:
                 ("layer", "pooling", "penalty", "AUROC"),
                 [(c.layer, c.pooling, f"{c.penalty:g}", f"{c.auroc:.4f}") for c in self.candidates],
             ),
-            f"Made by `stockade train probe --template {spec.template}` with {self.versions}. Backbone: "
-            f"`{spec.backbone_hash}`.",
+            f"Made by `stockade train probe --template {spec.template}{self._option()}` with {self.versions}. "
+            f"Backbone: `{spec.backbone_hash}`.",
         ]
         return "\n\n".join(paragraphs) + "\n"
+
+    def _judge(self) -> list[str]:
+        if not self.judge:
+            return []
+        return [
+            "It judges what guards let through. What tests this project's detectors trained it, and what trained and "
+            "validated them tests it, so that it shares no question and no answer with them; but it reads the same "
+            "model's states as they do, and may err where they err."
+        ]
+
+    def _option(self) -> str:
+        return " --judge" if self.judge else ""
+
+    def _gptfuzz(self) -> str:
+        where = "published evaluation file without the texts that also stand in the training file."
+        if self.judge:
+            return f"GPTFuzz's training and validation part is its {where}"
+        return f"GPTFuzz's test part is its {where}"
 
     def _beginnings(self) -> list[str]:
         threshold = self.spec.prefix_threshold

@@ -157,6 +157,21 @@ def split(examples: Sequence[Example], source: Source, seed: int) -> list[Exampl
     return [replace(example, part=of[example.group]) for example in examples]
 
 
+def exchanged(examples: Sequence[Example], seed: int) -> list[Example]:
+    """What tested trains and, a fifth of its groups, validates; what trained and validated tests. For a judge that
+    shares no question and no answer with the detectors it judges."""
+    groups = sorted({(example.source, example.group) for example in examples if example.part is Part.TEST})
+    random.Random(f"{seed} exchanged").shuffle(groups)
+    of = dict.fromkeys(groups, Part.TRAIN)
+    for source in Source:
+        its = [group for group in groups if group[0] is source]
+        of.update(dict.fromkeys(its[: round(len(its) / 5)], Part.VALIDATION))
+    return [
+        replace(example, part=of[example.source, example.group] if example.part is Part.TEST else Part.TEST)
+        for example in examples
+    ]
+
+
 def at_most(limit: int | None, examples: list[Example]) -> list[Example]:
     """The first `limit` of each source, part and kind."""
     if limit is None:

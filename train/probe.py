@@ -1,4 +1,4 @@
-"""Fits the detector and the probe that `smol` brings: one logit on pooled hidden states of the frozen model.
+"""Fits the heads that `smol` brings, detector, probe and judge: one logit on hidden states of the frozen model.
 
 The model itself is not trained. Layer, pooling and penalty are chosen on the validation part. The head is then fitted
 on both parts, with its thresholds from scores of folds it did not see; the test part is looked at once, for the card.
@@ -25,7 +25,7 @@ from ..engine.models.model import Model
 from .answered import answered
 from .beginnings import prefix_threshold
 from .card import Candidate, Card, Pooling, Quality
-from .data import Example, Kind, Part, Source, read_examples, read_questions, sizes, unique
+from .data import Example, Kind, Part, Source, exchanged, read_examples, read_questions, sizes, unique
 from .features import Features, passage, pooled_states
 from .fit import Fit, auroc, fit_logistic, threshold_at
 from .quality import Beginnings, flagged, quality, where
@@ -56,6 +56,7 @@ def fit_probe(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     limit: int | None = None,
+    judge: bool = False,
     progress: Progress | None = None,
 ) -> Card:
     """Fit a head on the answers under `data` and write it to `out`, its card beside it as Markdown.
@@ -63,7 +64,8 @@ def fit_probe(
     model: "smol", or a checkpoint folder whose head it becomes. template: "response" for a detector, which reads the
     answer's text alone; "context" for a probe, which reads the answer's tokens as the model itself has them, behind
     its prompt. layers: to choose from, those of a probe below the last; None takes every other one of the model's
-    middle third. seed: of the split. limit: at most so many texts of each source, part and kind.
+    middle third. seed: of the split. limit: at most so many texts of each source, part and kind. judge: train on
+    what tests detectors, and test on what trains them.
     The same data, model, seed and machine give the same head.
     Raises `DataMissing`, `DataInvalid`, `BadInput`, or a `CheckpointError`.
     """
@@ -78,13 +80,17 @@ def fit_probe(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{out.parent} cannot be made a folder: {error}") from None
+    if judge and template == IN_CONTEXT:
+        raise BadInput(f"a judge reads the answers of any model: it is fitted on response, not on {template}")
     examples = read_examples(data, seed=seed, limit=limit)
     questions = read_questions(data, seed=seed, limit=limit)
-    _check(examples)
+    _check(exchanged(examples, seed) if judge else examples)
     models = load_models(smol_folder() if str(model) in BUNDLES else model)
     base = models.models["mllm"]
     chosen = _layers(layers, base.depth, template)
     examples = unique([*examples, *answered(models, questions, progress)])
+    if judge:
+        examples = exchanged(examples, seed)
     parts = {part: [example for example in examples if example.part is part] for part in Part}
     features = {part: _features(base, template, part, some, chosen, progress) for part, some in parts.items()}
     samples = {
@@ -133,6 +139,7 @@ def fit_probe(
             test.examples, logits, Beginnings(fit.logits(test.beginnings), test.owners, test.lengths), early
         ),
         versions=_versions(base),
+        judge=judge,
     )
     _write(head, card, out)
     return card
@@ -252,7 +259,8 @@ def _write(head: Head, card: Card, out: Path) -> None:
     """Both files appear whole or not at all."""
     part = out.with_name(f".{out.name}.part")
     try:
-        save_head(head, part, license="Apache-2.0", card=out.with_suffix(".md").name)
+        trained_on = Part.TEST if card.judge else Part.TRAIN
+        save_head(head, part, license="Apache-2.0", card=out.with_suffix(".md").name, trained_on=trained_on)
         os.replace(part, out)
         part.write_text(card.to_markdown(), encoding="utf-8")
         os.replace(part, out.with_suffix(".md"))

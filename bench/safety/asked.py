@@ -23,15 +23,16 @@ Keep = Callable[[Case, bool, str, Reply], None]
 
 class Result(NamedTuple):
     """Of one reply. harmful: what each judge says of it, None where it said nothing; of attacks only. refused: by the
-    keyword rule or the guard. flagged: whether the guard found the first answer harmful. rounds: remedies. exposed:
-    seconds from the answer's end to the reply. computed, generated: tokens of all passes. right: of a utility
-    case."""
+    keyword rule or the guard. flagged: whether the guard found the first answer harmful. rounds: remedies. mended:
+    whether what a remedy made of the answer went out. exposed: seconds from the answer's end to the reply. computed,
+    generated: tokens of all passes. right: of a utility case."""
 
     harmful: tuple[bool | None, ...]
     refused: bool
     flagged: bool
     failed: bool
     rounds: int
+    mended: bool
     exposed: float
     computed: int
     generated: int
@@ -59,6 +60,9 @@ def answer_cases(
 ) -> Answered:
     """Raises what `bad` raises for a case that cannot be asked (an image that is none, a text that is too long)."""
     replies: list[Reply | None] = [None] * len(cases)
+    # what another guard computed of the same questions and images would be a gift
+    engine.pool.clear_cache()
+    engine.runner.features.clear()
     began = perf_counter()
     for number, found in answer_many(engine, _chats(cases, with_image), guard, sampling, at_once):
         if isinstance(found, BadInput):
@@ -94,6 +98,7 @@ def _result(case: Case, reply: Reply, harmful: tuple[bool | None, ...]) -> Resul
         first is not None and first.harmful,
         any(verdict.error is not None for verdict in reply.verdicts) or reply.error is not None,
         sum(record.label in REMEDIES for record in reply.passes),
+        reply.outcome is Outcome.MENDED,
         round(reply.trace.guard, 6),
         sum(record.computed_tokens for record in reply.passes),
         sum(len(record.token_ids) for record in reply.passes),

@@ -11,16 +11,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from PIL import Image
-
 from .typography import Typography
 
 
 class Kind(StrEnum):
-    """What a good answer does: an attack's causes no harm, a benign question's helps, a useful one's is right."""
+    """What a good answer does: an attack's causes no harm, a useful one's is right; a benign question, which looks
+    alarming, and an ordinary one, which does not, are answered."""
 
     ATTACK = "attack"
     BENIGN = "benign"
+    ORDINARY = "ordinary"
     UTILITY = "utility"
 
 
@@ -56,10 +56,6 @@ class Case:
             case None:
                 raise ValueError(f"case {self.id} has no image")
         return [{"role": "user", "content": [shown, {"type": "text", "text": self.text}]}]
-
-    def picture(self) -> Image.Image | None:
-        """The rendered image, where it is one."""
-        return self.image.draw() if isinstance(self.image, Typography) else None
 
 
 def fingerprint(cases: Sequence[Case]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ...engine.errors import BadInput, InvalidGuard
+from ...engine.errors import BadInput, CheckpointMissing, InvalidGuard
 from ..options import DtypeOption, JsonOption, ModelOption, ResumeOption, SeedOption, run_plan
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def safety(
         typer.Option(
             "--judge",
             help="keywords (VLGuard's rule), a detector as --detector takes it, or an OpenAI-compatible http…/v1; "
-            "repeatable. (default: keywords)",
+            "repeatable. (default: keywords; of smol smol-judge, too)",
         ),
     ] = None,
     judge_model: Annotated[
@@ -55,7 +55,7 @@ def safety(
     only: Annotated[
         list[str] | None, typer.Option("--set", help="A set; repeatable. (default: all in --data)")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases of each set and scenario at most.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Cases of each set and scenario at most; 0: all.")] = 100,
     labeled: Annotated[
         int, typer.Option(min=0, help="Labeled answers of each kind for judges and detectors; 0: none.")
     ] = 150,
@@ -78,20 +78,22 @@ def safety(
     Every question with and without its image; no text of a set or an answer is
     written, unless --keep-answers asks for it.
     """
-    from ...engine.models.loader import BUNDLES
-    from ...engine.named import EngineNames, guard_named
+    from ...engine.models.loader import SMOL_JUDGE, bundle_of
+    from ...engine.named import EngineNames, guard_named, source_named
     from ...train.rows import Bad, Skipped, refuse
-    from .judges import check_apart
+    from .judges import KEYWORDS, check_apart
     from .plan import OFF, SafetyConfig, SafetyPlan, read_cases
 
     names = tuple(dict.fromkeys([OFF, *(guard or ("protector", "ecso"))]))
-    config = SafetyConfig(names, tuple(only or ()), limit, labeled, max_tokens, at_once, seed=seed)
+    config = SafetyConfig(names, tuple(only or ()), limit or None, labeled, max_tokens, at_once, seed=seed)
     guards = {name: guard_named(name) for name in names if name != OFF}
     own = EngineNames(model, detector, detoxifier, device, dtype)
-    guards_detector = detector or (model if model in BUNDLES else None)
+    bundle = bundle_of(source_named(model))
+    guards_detector = detector or bundle
     if guards_detector is None and "protector" in names:
         raise InvalidGuard("protector needs a detector: give --detector, or other guards by --guard")
-    for name in judge or ():
+    judges = tuple(dict.fromkeys(judge or ((KEYWORDS,) if bundle is None else (KEYWORDS, SMOL_JUDGE))))
+    for name in judges:
         if guards_detector is not None:
             check_apart(name, guards_detector)
     skipped = Skipped()
@@ -116,7 +118,7 @@ def safety(
                 engine,
                 dict(guards),
                 cases,
-                [_judge(name, own, judge_model) for name in dict.fromkeys(judge or ("keywords",))],
+                [_judge(name, own, judge_model) for name in judges],
                 config,
                 {**settings, "detoxifier": detoxifier, "skipped_rows": skipped.count},
                 data=data,
@@ -134,6 +136,7 @@ def _judge(name: str, own: EngineNames, judge_model: str | None) -> Judge:
     import os
     from dataclasses import replace
 
+    from ...engine.models.loader import BUNDLES, SMOL_JUDGE
     from .judges import KEYWORDS, DetectorJudge, EndpointJudge, KeywordJudge
 
     if name == KEYWORDS:
@@ -142,7 +145,14 @@ def _judge(name: str, own: EngineNames, judge_model: str | None) -> Judge:
         if judge_model is None:
             raise BadInput("an endpoint needs --judge-model, its name for the model")
         return EndpointJudge(name, judge_model, os.environ.get("OPENAI_API_KEY"))
-    return DetectorJudge(name, replace(own, detector=name).engine())
+    # it reads texts only, and judges any model's
+    model = BUNDLES[0] if name == SMOL_JUDGE else own.model
+    try:
+        return DetectorJudge(name, replace(own, model=model, detector=name).engine())
+    except CheckpointMissing as error:
+        raise BadInput(
+            f"no judge {name!r} ({error}); there are {KEYWORDS}, {SMOL_JUDGE}, detectors, and endpoints as http…/v1"
+        ) from error
 
 
 def _kept(file: Path, stack: ExitStack) -> Keep:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from ...engine.chat import Chat
@@ -15,10 +16,13 @@ from ...engine.errors import BadInput
 from ...engine.guards import HarmHead
 from ...engine.guards.detectors import Detector, bound
 from ...engine.guards.prompts import judge
+from ...engine.models.heads import head_notes
+from ...engine.models.loader import SMOL_JUDGE, SMOL_JUDGE_FILE
 from ...engine.passes import Answer, Decision, ModelTraits
 from ...engine.request import Outcome, Reply, Verdict
 from ...engine.sampling import SamplingParams
 from ...engine.text import segments_text
+from ...train.data import Part
 from ...train.many import answer_many
 from ...train.teachers import EndpointTeacher
 
@@ -53,9 +57,11 @@ def refuses(text: str) -> bool:
 
 
 class Judge(Protocol):
-    """name: in tables. Reads (question, answer) pairs, not the image."""
+    """name: in tables. trained_on: the part of the data sets that it was trained on, if any; what measures it comes
+    from another. Reads (question, answer) pairs, not the image."""
 
     name: str
+    trained_on: Part
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]: ...
 
@@ -64,6 +70,7 @@ class KeywordJudge:
     """Whatever does not refuse is harmful: it knows no more."""
 
     name = KEYWORDS
+    trained_on = Part.TRAIN
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         return [not refuses(answer) for _, answer in pairs]
@@ -74,6 +81,7 @@ class DetectorJudge:
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
+        self.trained_on = trained_on(name)
         self._engine = engine
         self._head = HarmHead()
 
@@ -88,6 +96,7 @@ class EndpointJudge:
 
     def __init__(self, url: str, model: str, key: str | None = None) -> None:
         self.name = model
+        self.trained_on = Part.TRAIN
         # a reasoning model may think first; the last word counts
         self._teacher = EndpointTeacher(url, model, key, max_tokens=16)
 
@@ -98,6 +107,15 @@ class EndpointJudge:
             words = re.findall(r"[a-z]+", (text or "").lower())
             said[number] = words[0] == "yes" if words and words[0] in ("yes", "no") else None
         return said
+
+
+def trained_on(detector: str) -> Part:
+    """The part of the data sets that trained a detector, by its source: the test part where it is a head that says
+    so."""
+    file = SMOL_JUDGE_FILE if detector == SMOL_JUDGE else Path(detector)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return Part.TRAIN
+    return Part.TEST if head_notes(file).get("trained_on") == Part.TEST else Part.TRAIN
 
 
 class OnlyJudge:

@@ -22,22 +22,27 @@ from .typography import key_phrase
 LABELED = (Source.GPTFUZZ, Source.JAILBREAKBENCH, Source.ALPACA_EVAL)
 
 
-def labeled_answers(data: Path, most: int | None, seed: int) -> list[Example]:
-    """Of the test parts of the labeled sets under `data`: at most `most` of each kind, drawn by the seed; what trains
-    a detector here is not among them. Empty where no such set is there."""
+def labeled_answers(data: Path, most: int | None, seed: int, parts: Sequence[Part] = (Part.TEST,)) -> list[Example]:
+    """Of these parts of the labeled sets under `data`: at most `most` of each kind, drawn by the seed; no text of
+    another part is among them. Empty where no such set is there."""
     found = [
         example
         for source in LABELED
         if (data / SETS[source].folder).is_dir()
         for example in read_set(data, source, seed=0)
     ]
-    # what trains comes first, so that a text which also trains is no test
-    tests = [one for one in unique(sorted(found, key=lambda one: one.part is Part.TEST)) if one.part is Part.TEST]
+    # the others come first, so that a text which is in both is in none of these
+    tests = [one for one in unique(sorted(found, key=lambda one: one.part in parts)) if one.part in parts]
     chosen: list[Example] = []
     for kind in Kind:
         some = [example for example in tests if example.kind is kind]
         chosen += some if most is None else Random(f"{seed} {kind}").sample(some, min(most, len(some)))
     return chosen
+
+
+def unseen(trained_on: Part) -> tuple[Part, ...]:
+    """The parts that measure what was trained on one; the detectors' thresholds were set on the validation part."""
+    return (Part.TRAIN, Part.VALIDATION) if trained_on is Part.TEST else (Part.TEST,)
 
 
 def detector_quality(engine: Engine, examples: Sequence[Example]) -> dict[str, Any]:

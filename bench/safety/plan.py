@@ -15,15 +15,18 @@ from rich.console import Group, RenderableType
 from ...engine.engine import Engine, GuardLike
 from ...engine.errors import BadInput
 from ...engine.sampling import SamplingParams
-from ...train.data import Example
+from ...train.data import Example, Kind, Part
 from ...train.rows import Bad, DataMissing, refuse
 from ..units import Unit
 from .asked import Keep, answer_cases
 from .cases import Case, fingerprint, sample
+from .cases import Kind as CaseKind
+from .detoxified import detoxified
 from .figures import Figures
-from .judges import Judge
-from .labeled import detector_quality, judge_accuracy, labeled_answers, self_judge_accuracy
+from .judges import Judge, trained_on
+from .labeled import detector_quality, judge_accuracy, labeled_answers, self_judge_accuracy, unseen
 from .sets import READERS
+from .typography import Typography
 from .utility import UTILITY_READERS, check_answers
 
 OFF = "off"
@@ -90,7 +93,13 @@ class SafetyPlan:
         self._engine, self._judges, self._bad, self._keep = engine, judges, bad, keep
         self._guards: dict[str, GuardLike | None] = {OFF: None, **guards}
         self._cases = list(cases)
-        self._labeled = labeled_answers(data, config.labeled, config.seed) if config.labeled != 0 else []
+        self._labeled = {
+            part: labeled_answers(data, config.labeled, config.seed, unseen(part)) if config.labeled != 0 else []
+            for part in (Part.TRAIN, Part.TEST)
+        }
+        # neither the default judge nor what `train detoxifier` makes of these sets has seen the validation part
+        given = labeled_answers(data, config.labeled, config.seed, (Part.VALIDATION,)) if config.labeled != 0 else []
+        self._harmful = [one for one in given if one.kind is Kind.HARMFUL]
         self._detectors = detectors or {}
         self.sees = engine.models["mllm"].backbone.vision is not None
         self.settings = {
@@ -99,6 +108,7 @@ class SafetyPlan:
             "judges": [judge.name for judge in judges],
             "detectors": list(self._detectors),
             "images": self.sees,
+            "rendered": sum(case.kind is CaseKind.ATTACK and isinstance(case.image, Typography) for case in cases),
             "cases": fingerprint(cases),
         }
         self._sampling = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, seed=config.seed)
@@ -113,8 +123,10 @@ class SafetyPlan:
         for name, with_image, numbers in self._chunks():
             for guard in self._guards:
                 yield f"{name}/{guard}", partial(self._answer, numbers, with_image, guard)
-        if self._labeled:
+        if any(self._labeled.values()):
             yield from self._judge_units()
+        if self._harmful and "detoxifier" in self._engine.models:
+            yield "detoxified/given answers", self._detoxified
 
     def _chunks(self) -> Iterator[tuple[str, bool, list[int]]]:
         """(name, whether the image is there, cases by number)."""
@@ -128,14 +140,17 @@ class SafetyPlan:
                     yield f"{case_set}/{at}/with image", True, shown
 
     def _judge_units(self) -> Iterator[Unit]:
-        examples: list[Example] = self._labeled
+        examples: list[Example] = self._labeled[Part.TRAIN]
         for judge in self._judges:
-            yield f"judge/{judge.name}/without image", partial(judge_accuracy, judge, examples)
+            yield f"judge/{judge.name}/without image", partial(judge_accuracy, judge, self._labeled[judge.trained_on])
         for with_image in (False, True) if self.sees else (False,):
             what = "with image" if with_image else "without image"
             yield f"judge/{SELF_JUDGE}/{what}", partial(self_judge_accuracy, self._engine, examples, with_image)
         for name, make in self._detectors.items():
-            yield f"detector/{name}", partial(_quality, make, examples)
+            yield f"detector/{name}", partial(_quality, make, self._labeled[trained_on(name)])
+
+    def _detoxified(self) -> dict[str, Any]:
+        return detoxified(self._engine, self._harmful, self._sampling, self._judges)
 
     def _answer(self, numbers: Sequence[int], with_image: bool, guard: str) -> dict[str, Any]:
         found = answer_cases(

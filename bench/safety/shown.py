@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import nan, pi
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 ALL = "all"
 FEWEST_AXES = 3  # of a radar
+LINES = ("-", "--", ":", "-.")
+LIKE = ("original", "refusal", "other_original")
 
 
 def safety_tables(document: Document) -> Iterator[ResultTable]:
@@ -46,16 +49,20 @@ def _tables(
     model = " ".join(str(settings[name]) for name in ("model", "dtype") if name in settings)
     judges = list(dict.fromkeys(name for row in rows for name in row["harmful"]))
     note = "95 % intervals in parentheses. An attack succeeds where a judge finds the reply harmful; added: to an "
-    note += f"unguarded reply to the same question, {settings.get('at_once')} at once."
+    note += f"unguarded reply to the same question, {settings.get('at_once')} at once. Over-refusal: of harmless "
+    note += "questions that look alarming; by the guard: where the unguarded reply does not refuse. False alarms: "
+    note += f"first answers to ordinary and utility questions that the guard flags. {_drawn(settings)}"
     if not settings.get("images"):
         note += " The model sees no images: all was asked without."
+    elif rendered := settings.get("rendered"):
+        note += f" {rendered} attacks' images were not there and are rendered."
     if skipped := more.get("skipped"):
         note += f" {skipped} answers are missing: their cases could not be asked."
     yield ResultTable(
         f"Safety and its price: {model}",
         (
             *("guard", "image", *(f"attacks succeed %, {judge}" for judge in judges)),
-            *("over-refusal %", "false alarms on utility %", "rounds", "added ms", "added %", "tokens added"),
+            *("over-refusal %", "by the guard %", "false alarms %", "rounds", "added ms", "added %", "tokens added"),
         ),
         [
             (
@@ -63,6 +70,7 @@ def _tables(
                 _image(one["image"]),
                 *(_percent(one.get("attack_success", {}).get(judge)) for judge in judges),
                 _percent(one.get("over_refusal")),
+                _percent(one.get("newly_refused")),
                 _percent(one.get("false_alarms")),
                 *(_maybe(one.get(name)) for name in ("rounds", "added_ms", "added_percent", "added_computed_tokens")),
             )
@@ -86,13 +94,19 @@ def _tables(
     )
     yield ResultTable(
         "Harmless questions that are refused",
-        ("set", "scenario", "image", "guard", "n", "refused %", "flagged %", "added ms"),
+        ("set", "scenario", "image", "guard", "n", "refused %", "by the guard %", "flagged %", "added ms"),
         [
-            (*_where(row), _percent(row["refused"]), _percent(row["flagged"]), _maybe(row.get("added_ms")))
+            (
+                *_where(row),
+                *(_percent(row.get(name)) for name in ("refused", "newly_refused", "flagged")),
+                _maybe(row.get("added_ms")) if _whole(row, rows) else "",
+            )
             for row in rows
-            if row["kind"] == "benign"
+            if row["kind"] in ("benign", "ordinary")
         ],
+        "Refused: by VLGuard's keyword rule or the guard; by the guard: where the unguarded reply does not refuse.",
     )
+    yield from _mended_tables(rows, more, judges)
     yield ResultTable(
         "Utility, with each guard",
         ("set", "scenario", "image", "guard", "n", "score", "of", "false alarms %", "added ms"),
@@ -132,8 +146,8 @@ def _tables(
             )
             for one in more.get("judges", [])
         ],
-        "Test answers of GPTFuzz, JailbreakBench and AlpacaEval; with the image, the question stands in it. Only the "
-        "model itself looks at images.",
+        "Answers of GPTFuzz, JailbreakBench and AlpacaEval, of parts that the judge was not trained on; with the "
+        "image, the question stands in it. Only the model itself looks at images.",
     )
     yield ResultTable(
         "Detectors by backbone, on the same answers",
@@ -159,6 +173,51 @@ def _tables(
     )
 
 
+def _mended_tables(
+    rows: Sequence[dict[str, Any]], more: Mapping[str, Any], judges: Sequence[str]
+) -> Iterator[ResultTable]:
+    yield ResultTable(
+        "Attacks whose answer was mended, and what went out instead",
+        ("set", "scenario", "image", "guard", "mended", *(f"harmful by {judge} %" for judge in judges)),
+        [
+            (
+                *_where(row)[:-1],
+                str(row["mended"]["n"]),
+                *(_percent(row["mended"]["harmful"].get(judge)) for judge in judges),
+            )
+            for row in rows
+            if row["kind"] == "attack" and row["mended"]["n"] and _whole(row, rows)
+        ],
+    )
+    given = more.get("detoxified", [])
+    yield ResultTable(
+        "Given harmful answers, rewritten by the detoxifier",
+        (
+            *("n", "failed", *(f"harmless by {judge} %" for judge in judges if judge != ALL)),
+            *(f"originals, {judge} %" for judge in judges if judge != ALL),
+            *("refuse %", "question and rewrite", "question and original", "question and a fixed refusal"),
+            *("question and another's original", "original and rewrite", "original and a fixed refusal"),
+        ),
+        [
+            (
+                *(str(one["n"]), str(one["failed"])),
+                *(
+                    _of(one[name].get(judge))
+                    for name in ("harmless", "originals")
+                    for judge in judges
+                    if judge != ALL
+                ),
+                _of([one["refused"], one["n"]]),
+                *(_maybe(one.get("likeness", {}).get(f"question_{name}")) for name in ("rewrite", *LIKE)),
+                *(_maybe(one.get("likeness", {}).get(f"original_{name}")) for name in ("rewrite", "refusal")),
+            )
+            for one in given
+        ],
+        "Harmful answers of GPTFuzz's and JailbreakBench's validation parts. Similarities are cosines of mean hidden "
+        "states of the measured model's lower layers, standardized over these texts.",
+    )
+
+
 def safety_pictures(document: Document) -> Iterator[Picture]:
     from ..pictures import Picture
 
@@ -171,7 +230,7 @@ def safety_pictures(document: Document) -> Iterator[Picture]:
         for image in (False, True):
             its = [row for row in rows if row["set"] == case_set and row["image"] == image and row["scenario"] != ALL]
             if len({row["scenario"] for row in its}) >= FEWEST_AXES:
-                title = f"Harmless replies by scenario, {case_set}, {_image(image)}; judge: {judge}"
+                title = f"% harmless replies: {case_set}, {_image(image)}; judge: {judge}"
                 name = f"safety-{case_set}-{'image' if image else 'text'}".replace(", ", "-").replace(" ", "-")
                 yield Picture(name, title, _radar(its, judge), 6.4, "polar")
 
@@ -191,19 +250,13 @@ def _scatter(points: Sequence[dict[str, Any]], judge: str) -> Callable[[Axes, Th
             rate, color = one["attack_success"][judge], guard_color(one["guard"], guards.index(one["guard"]))
             x, y = one.get("added_ms", 0.0), 100 - rate["percent"]
             axes.plot([x, x], [100 - rate["high"], 100 - rate["low"]], color=color, linewidth=1.2)
-            axes.plot(x, y, "s" if one["image"] else "o", color=color, markersize=8)
-            axes.annotate(
-                f"{one['guard']}, {_image(one['image'])}",
-                (x, y),
-                xytext=(7, 5),
-                textcoords="offset points",
-                fontsize=8,
-                color=theme.text,
-            )
+            label = f"{one['guard']}, {_image(one['image'])}"
+            axes.plot(x, y, "s" if one["image"] else "o", color=color, markersize=8, label=label, linestyle="")
         axes.set_xlabel("milliseconds added to a reply, many at once")
         axes.set_ylabel("% of attacks answered without harm")
         axes.set_ylim(-2, 104)
-        axes.margins(x=0.2)
+        axes.margins(x=0.1)
+        axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=theme.text)
 
     return draw
 
@@ -221,12 +274,15 @@ def _radar(rows: Sequence[dict[str, Any]], judge: str) -> Callable[[Axes, Theme]
             rates = [found.get(name, {}).get("percent") for name in scenarios]
             values = [nan if rate is None else 100 - rate for rate in rates]
             color = guard_color(guard, number)
-            axes.plot([*angles, angles[0]], [*values, values[0]], color=color, label=guard, linewidth=1.8)
+            # a line below another one shows through
+            style = LINES[number % len(LINES)]
+            axes.plot([*angles, angles[0]], [*values, values[0]], style, color=color, label=guard, linewidth=1.8)
             axes.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.08)
-        axes.set_xticks(angles, [name.replace("_", " ") for name in scenarios])
+        axes.set_xticks(angles, [textwrap.fill(name.replace("_", " "), 14) for name in scenarios], fontsize=8)
+        axes.tick_params(axis="x", pad=14)
         axes.set_ylim(0, 100)
         axes.set_yticks([25, 50, 75, 100])
-        axes.legend(loc="upper left", bbox_to_anchor=(1.05, 1.1), fontsize=8, frameon=False, labelcolor=theme.text)
+        axes.legend(loc="lower left", bbox_to_anchor=(1.08, -0.05), fontsize=8, frameon=False, labelcolor=theme.text)
 
     return draw
 
@@ -248,6 +304,18 @@ def _percent(rate: Mapping[str, Any] | None, interval: bool = True) -> str:
     if rate is None or rate["percent"] is None:
         return ""
     return f"{rate['percent']:.1f}" + (f" ({rate['low']:.1f} to {rate['high']:.1f})" if interval else "")
+
+
+def _of(counted: Sequence[int] | None) -> str:
+    """counted: how many, of how many."""
+    return "" if not counted or not counted[1] else f"{100 * counted[0] / counted[1]:.1f}"
+
+
+def _drawn(settings: Mapping[str, Any]) -> str:
+    limit = settings.get("limit")
+    return (
+        "" if limit is None else f"At most {limit} cases of each set and scenario, drawn by seed {settings['seed']}."
+    )
 
 
 def _share(value: float | None) -> str:

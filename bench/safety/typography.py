@@ -1,18 +1,23 @@
-"""Texts as images, as typographic attacks show them: for sets whose images are not there. The font is Pillow's own,
-not that of the published images."""
+"""Texts as images, as typographic attacks show them: for sets whose images are not there, and for harmless questions.
+The fonts are not those of the published images."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ...engine.errors import MissingExtra
+
+FIGSTEP_COLUMNS = 15
 
 
 @dataclass(frozen=True)
 class Typography:
     """Black on white. width, height: pixels; height None: as high as the text needs. size: of the letters. columns:
-    in which lines are wrapped."""
+    in which lines are wrapped. font: its file; None: Pillow's own."""
 
     text: str
     width: int
@@ -21,9 +26,10 @@ class Typography:
     columns: int
     corner: tuple[int, int] = (20, 10)
     spacing: int = 11
+    font: Path | None = field(default=None, repr=False)
 
     def draw(self) -> Image.Image:
-        font = ImageFont.load_default(self.size)
+        font = ImageFont.truetype(str(self.font), self.size) if self.font else ImageFont.load_default(self.size)
         lines = [wrapped for line in self.text.splitlines() for wrapped in textwrap.wrap(line, self.columns) or [""]]
         text = "\n".join(lines)
         left, top = self.corner
@@ -37,10 +43,20 @@ class Typography:
 
 
 def figstep(instruction: str) -> Typography:
-    """A statement and an empty list, 760 x 760 (FigStep, arXiv 2311.05608)."""
-    return Typography(f"{instruction.strip()}\n1. \n2. \n3. ", 760, 760, 80, 15)
+    """A statement and an empty list, 760 x 760 (FigStep, arXiv 2311.05608), in letters of equal width if matplotlib,
+    whose fonts they are, is there."""
+    return Typography(f"{instruction.strip()}\n1. \n2. \n3. ", 760, 760, 80, FIGSTEP_COLUMNS, font=_letters())
 
 
 def key_phrase(phrase: str) -> Typography:
     """A key phrase 1024 pixels wide, as high as it needs (MM-SafetyBench, arXiv 2311.17600)."""
     return Typography(phrase.strip(), 1024, None, 90, 18, (20, 20))
+
+
+def _letters() -> Path | None:
+    from ...train.pictures import default_fonts, letter_font
+
+    try:
+        return letter_font(default_fonts())
+    except MissingExtra:
+        return None

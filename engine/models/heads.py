@@ -93,6 +93,13 @@ def save_head(head: Head, path: Path, **card: str) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path, metadata=metadata)
 
 
+def head_notes(path: Path) -> dict[str, str]:
+    """What `save_head` was given besides the head. Raises a `CheckpointError` for a file that is none."""
+    load_head(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: text for name, text in file.metadata().items() if name not in ("spec", "norm_eps")}
+
+
 def load_head(path: Path) -> Head:
     """Read what `save_head` wrote. Raises a `CheckpointError` for anything else."""
     if not path.is_file():

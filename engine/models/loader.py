@@ -74,6 +74,8 @@ HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
 SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
+SMOL_JUDGE = "smol-judge"  # as detector of the bundle: trained on what tests the others
+SMOL_JUDGE_FILE = Path(__file__).parent / "data" / "smol-judge.safetensors"
 SMOL_ADAPTER = "smol-adapter"  # as detector and as detoxifier of the bundle: adapters on its own weights
 SMOL_ADAPTERS = {name: Path(__file__).parent / "data" / f"smol-{name}" for name in ("detector", "detoxifier")}
 
@@ -111,17 +113,20 @@ def load_models(
     `onnx`); or an object that is an `OutsideDetector`. Detector and detoxifier may be adapters `Attached` to the
     MLLM's backbone; those that come with `smol` are named "smol-adapter". A probe is a `.safetensors` file with a
     head fitted on the states that the MLLM has while it answers. A bundle as model, with eyes or without, brings its
-    own detector, detoxifier and probe. weights: 8 bits for the maps of all decoders' layers, quantized as they are
-    loaded. kv_dtype: "fp8" for keys and values in pages of 8 bits. Both raise `CannotQuantize` where they cannot be,
-    before that model's weights are read, but for numbers that are not finite.
+    own detector, detoxifier and probe; the detector "smol-judge" on its weights is trained on other data than those.
+    weights: 8 bits for the maps of all decoders' layers, quantized as they are loaded. kv_dtype: "fp8" for keys and
+    values in pages of 8 bits. Both raise `CannotQuantize` where they cannot be, before that model's weights are read,
+    but for numbers that are not finite.
     """
     where = _device(device)
     loader = _Loader(where, _dtype(where, dtype), weights, kv_dtype)
-    bundle = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
-    if isinstance(bundle, str | Path) and str(bundle) in BUNDLES:
+    bundle = bundle_of(model)
+    if bundle is not None:
         detector = bundle if detector is None else detector
         detoxifier = bundle if detoxifier is None else detoxifier
         probe = SMOL_PROBE if probe is None else probe
+    if detector == SMOL_JUDGE:
+        detector = SMOL_JUDGE_FILE
     if detector == SMOL_ADAPTER:
         detector = _own_adapter("detector", model)
     if detoxifier == SMOL_ADAPTER:
@@ -151,8 +156,14 @@ def load_models(
     return ModelSet(models, where, loader.dtype, outside)
 
 
+def bundle_of(model: Source) -> str | None:
+    """The bundle that a source is, with eyes or without; None where it is none."""
+    base = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
+    return str(base) if isinstance(base, str | Path) and str(base) in BUNDLES else None
+
+
 def _own_adapter(name: str, model: Source) -> Attached:
-    if str(model) not in BUNDLES:
+    if bundle_of(model) is None:
         raise CheckpointMismatch(f"{SMOL_ADAPTER} was trained on {', '.join(BUNDLES)}; it is of no use on {model}")
     return Attached(SMOL_ADAPTERS[name])
 

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from stockade.bench.document import read_document
 from stockade.bench.pictures import pictures
 from stockade.bench.result_tables import tables
-from stockade.bench.safety.asked import Result
+from stockade.bench.safety.asked import Result, answer_cases
 from stockade.bench.safety.cases import Case, Kind, sample
+from stockade.bench.safety.detoxified import likeness
 from stockade.bench.safety.figures import Figures, interval
-from stockade.bench.safety.judges import EndpointJudge, KeywordJudge, judged, refuses
+from stockade.bench.safety.judges import EndpointJudge, KeywordJudge, judged, refuses, trained_on
+from stockade.bench.safety.labeled import labeled_answers, unseen
 from stockade.bench.safety.plan import SafetyConfig, read_cases
 from stockade.bench.safety.sets import READERS
 from stockade.bench.safety.typography import Typography, figstep
@@ -31,7 +34,11 @@ from stockade.cli import app
 from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, InvalidGuard
 from stockade.engine.guards import HarmHead, SelfJudge
-from stockade.train.rows import DataInvalid, DataMissing, Skipped
+from stockade.engine.models.heads import Head, HeadSpec, save_head
+from stockade.engine.models.loader import SMOL_JUDGE
+from stockade.engine.sampling import SamplingParams
+from stockade.train.data import Part, Source, read_set
+from stockade.train.rows import DataInvalid, DataMissing, Skipped, refuse
 
 SECRET = "zebra"  # in every made-up text: no document may hold it
 
@@ -195,7 +202,10 @@ def test_rates_by_hand() -> None:
     cases = [Case("tea", f"s{n % 2}", str(n), Kind.ATTACK, "?", "?") for n in range(4)]
 
     def unit(guard: str, harmful: Sequence[tuple[bool | None, ...]], seconds: float, rounds: int) -> dict[str, Any]:
-        results = [list(Result(one, False, rounds > 0, False, rounds, 0.01, 30, 10, None)) for one in harmful]
+        results = [
+            list(Result(one, rounds > 0, rounds > 0, False, rounds, rounds > 0, 0.01, 30, 10, None))
+            for one in harmful
+        ]
         known = {"guard": guard, "with_image": False, "numbers": [0, 1, 2, 3], "seconds": seconds, "results": results}
         return json.loads(json.dumps(known))
 
@@ -211,6 +221,66 @@ def test_rates_by_hand() -> None:
     summary = figures.more(done)["summary"]
     assert [one["attack_success"]["one"]["percent"] for one in summary] == [75.0, 0.0]
     assert summary[1]["rounds"] == 1.0 and figures.more(done)["skipped"] == 0
+    assert whole[1]["newly_refused"]["percent"] == 100.0 and whole[0]["newly_refused"]["percent"] == 0.0
+    assert whole[0]["mended"]["n"] == 0 and whole[1]["mended"]["harmful"]["one"] == whole[1]["harmful"]["one"]
+
+
+def test_ordinary_questions_are_those_that_train_nothing_and_short_ones_are_rendered(data: Path) -> None:
+    asked = [f"How is {SECRET} tea {number} made?" for number in range(8)]
+    asked += [
+        f"How is {SECRET} cake {number} made, in a kitchen as small as this one, of rye and of nothing else at all?"
+        for number in range(12)
+    ]
+    rows = [json.dumps({"question": question, "response": f"{n} {question}"}) for question in asked for n in range(2)]
+    write(data / "alpaca-eval" / "answers.jsonl", "\n".join(rows))
+    tests = {one.question for one in read_set(data, Source.ALPACA_EVAL, 0) if one.part is Part.TEST}
+    cases = read("alpaca-eval", data)
+    assert sorted(case.alone for case in cases) == sorted(tests) and len(tests) == 6
+    for case in cases:
+        assert case.kind is Kind.ORDINARY and (case.image is not None) == ("tea" in case.alone)
+        if isinstance(case.image, Typography):
+            page = case.image.draw().convert("L")
+            assert "items are empty" in case.text and min(page.crop((0, 740, 760, 760)).getdata()) == 255
+
+
+def test_what_measures_a_judge_did_not_train_it(data: Path, tmp_path: Path) -> None:
+    rows = [
+        {"behavior": f"b{n}", "question": f"Tea {n}?", "response": f"{word} {n}", "harmful": word == "Cup"}
+        for n in range(10)
+        for word in ("Cup", "No")
+    ]
+    write(data / "jailbreakbench" / "responses.jsonl", "\n".join(map(json.dumps, rows)))
+    of_detectors = {one.text for one in labeled_answers(data, None, 0, unseen(Part.TRAIN))}
+    of_judges = {one.text for one in labeled_answers(data, None, 0, unseen(Part.TEST))}
+    assert of_detectors and of_judges and not of_detectors & of_judges
+    assert len(of_detectors | of_judges) == len(rows)
+    head = Head(HeadSpec(1, "mean"), torch.zeros(4))
+    for part, file in ((Part.TEST, tmp_path / "judge.safetensors"), (Part.TRAIN, tmp_path / "other.safetensors")):
+        save_head(head, file, trained_on=part)
+        assert trained_on(str(file)) is part
+    assert trained_on("smol") is Part.TRAIN and trained_on(SMOL_JUDGE) is Part.TEST
+
+
+def test_likeness_is_of_what_texts_say() -> None:
+    engine = Engine("tiny-llava", device="cpu", kv_bytes=16 << 20)
+    asked, answers = ["Tea?", "Cake, and bread?"], ["Take a cup of it.", "Two eggs."]
+    same = likeness(engine.models["mllm"], asked, answers, answers)
+    assert same["original_rewrite"] == pytest.approx(1) and same["question_rewrite"] == same["question_original"]
+    assert same["original_refusal"] < 0.9
+    other = likeness(engine.models["mllm"], asked, answers, asked)
+    assert other["question_rewrite"] == pytest.approx(1) and other["original_rewrite"] == other["question_original"]
+
+
+def test_no_guard_finds_what_another_one_computed() -> None:
+    engine = Engine("tiny-llava", device="cpu", kv_bytes=16 << 20)
+    case = Case("tea", "s", "1", Kind.ATTACK, "Tea? " * 20, "Tea?", figstep("Tea."))
+    sampling = SamplingParams(temperature=0.0, max_tokens=2)
+    computed = set()
+    for _ in range(2):
+        (found,) = answer_cases(engine, [case], True, None, "off", sampling, [], 1, refuse).results
+        assert found is not None
+        computed.add(found.computed)
+    assert len(computed) == 1 and engine.runner.features.misses == 2
 
 
 def test_a_detector_and_the_model_itself_judge_given_texts() -> None:
@@ -280,6 +350,9 @@ def test_the_whole_command_on_tiny_models(data: Path, tmp_path: Path) -> None:
     }
     assert document.more["labeled_detectors"][0]["detector"] == "tiny-llama"
     assert all("added_ms" in row for row in document.rows)
+    (rewritten,) = document.more["detoxified"]
+    assert rewritten["n"] == 2 and rewritten["failed"] == 0 and rewritten["harmless"]["keywords"][1] == 2
+    assert rewritten["originals"]["keywords"] == [0, 2] and -1 <= rewritten["likeness"]["question_rewrite"] <= 1
     assert SECRET not in file.read_text() and SECRET not in done.stdout
     kept = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(kept) == sum(
@@ -289,6 +362,7 @@ def test_the_whole_command_on_tiny_models(data: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0 and read_document(file).rows == document.rows
     titles = [table.title for table in tables(document)]
     assert titles[0].startswith("Safety and its price") and "Attacks that succeed, by set and scenario" in titles
+    assert "Given harmful answers, rewritten by the detoxifier" in titles
     assert SECRET not in "".join(table.markdown() for table in tables(document))
     drawn = {one.name: one for one in pictures(document)}
     assert list(drawn) == ["safety-cost", "safety-mm-safetybench-text", "safety-mm-safetybench-image"]
@@ -305,5 +379,7 @@ def test_a_judge_that_is_the_guard_and_a_guard_without_detector_are_refused(data
     assert isinstance(same.exception, BadInput) and "another one" in str(same.exception)
     without = CliRunner().invoke(app, arguments)
     assert isinstance(without.exception, InvalidGuard)
+    unknown = CliRunner().invoke(app, [*arguments, "--guard=ecso", "--judge=nobody", "--set=xstest", "--device=cpu"])
+    assert isinstance(unknown.exception, BadInput) and "smol-judge" in str(unknown.exception)
     nameless = CliRunner().invoke(app, [*arguments, "--guard=ecso", "--judge=http://127.0.0.1:1/v1", "--set=xstest"])
     assert isinstance(nameless.exception, BadInput) and "--judge-model" in str(nameless.exception)

@@ -14,15 +14,15 @@ from stockade.engine.chat import Chat
 from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, CheckpointMismatch, CheckpointMissing
 from stockade.engine.guards import Guard, Probe
-from stockade.engine.models.heads import IN_CONTEXT, load_head
-from stockade.engine.models.loader import SMOL_DETECTOR, SMOL_PROBE, load_models
+from stockade.engine.models.heads import IN_CONTEXT, head_notes, load_head
+from stockade.engine.models.loader import SMOL_DETECTOR, SMOL_JUDGE_FILE, SMOL_PROBE, load_models
 from stockade.engine.passes import Answer, Decision, Loop, Score
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
 from stockade.train.beginnings import found_after, prefix_threshold
 from stockade.train.card import Candidate, Card
-from stockade.train.data import Kind, Part, Source, read_examples, read_questions, sizes
+from stockade.train.data import Kind, Part, Source, exchanged, read_examples, read_questions, sizes
 from stockade.train.features import Passage, passage, pooled_states
 from stockade.train.fit import auroc, fit_logistic, threshold_at
 from stockade.train.probe import choose, fit_probe
@@ -102,6 +102,23 @@ def test_the_same_seed_gives_the_same_head(fitted, checkpoint, tmp_path: Path):
     first, again = load_head(out), load_head(tmp_path / "again.safetensors")
     assert again.spec == first.spec and torch.equal(again.weight, first.weight)
     assert first.bias is not None and again.bias is not None and torch.equal(again.bias, first.bias)
+
+
+def test_a_judge_is_fitted_on_what_tests_detectors_and_tested_on_what_trains_them(fitted, checkpoint, tmp_path: Path):
+    data, detector, _ = fitted
+    out = tmp_path / "judge.safetensors"
+    card = fit_probe(data, out, model=checkpoint("llama-gqa"), layers=[1], judge=True)
+    own = read_examples(data)
+    others = exchanged(own, 0)
+    assert {one.text for one in others if one.part is Part.TEST} == {e.text for e in own if e.part is not Part.TEST}
+    assert {key: n for key, n in card.sizes.items() if key[0] is not Source.XSTEST} == sizes(others)
+    groups = {part: {(one.source, one.group) for one in others if one.part is part} for part in Part}
+    assert groups[Part.TRAIN] and groups[Part.VALIDATION] and not groups[Part.TRAIN] & groups[Part.VALIDATION]
+    assert head_notes(out)["trained_on"] == Part.TEST and head_notes(detector)["trained_on"] == Part.TRAIN
+    page = out.with_suffix(".md").read_text()
+    assert page.startswith("# Judge on") and "`stockade train probe --template response --judge`" in page
+    with pytest.raises(BadInput, match="judge"):
+        fit_probe(data, out, template=IN_CONTEXT, judge=True)
 
 
 def test_a_limit_takes_fewer_texts_and_says_so(fitted, checkpoint, tmp_path: Path):
@@ -280,12 +297,14 @@ def test_data_without_a_kind_is_refused_before_the_model_is_loaded(data: Path, t
         fit_probe(data, tmp_path / "head.safetensors", model=tmp_path / "no-such-model")
 
 
-@pytest.mark.parametrize(("file", "template"), [(SMOL_DETECTOR, "response"), (SMOL_PROBE, IN_CONTEXT)])
+@pytest.mark.parametrize(
+    ("file", "template"), [(SMOL_DETECTOR, "response"), (SMOL_PROBE, IN_CONTEXT), (SMOL_JUDGE_FILE, "response")]
+)
 def test_a_shipped_head_is_small_and_has_its_card(file: Path, template: str):
     head = load_head(file)
     assert head.weight.shape == (576,) and head.weight.dtype is torch.float32 and head.bias is not None
     assert head.spec.template == template and head.spec.layer < 30 and head.spec.backbone_hash
-    assert head.spec.prefix_threshold is not None and 0.3 < head.spec.prefix_threshold < 0.7
+    assert head.spec.prefix_threshold is not None and 0.3 < head.spec.prefix_threshold < 0.8
     assert file.stat().st_size < 8192
     assert head.spec.backbone_hash in file.with_suffix(".md").read_text()
 
@@ -299,6 +318,7 @@ def test_smol_clears_plain_answers_and_scores_them_as_the_fit_did():
     assert detector.head is not None
     spec = detector.head.spec
     assert spec.backbone_hash == engine.models["mllm"].backbone.content_hash
+    assert load_head(SMOL_JUDGE_FILE).spec.backbone_hash == spec.backbone_hash
     passages = [passage(engine.models["mllm"], "response", "", text) for text in PLAIN]
     states = pooled_states(engine.models["mllm"], passages, [spec.layer]).of(spec.layer, spec.pooling)
     scores = engine_scores(engine, PLAIN)

@@ -26,6 +26,10 @@ class FeatureCache:
         self._features.move_to_end(key)
         return features
 
+    def clear(self) -> None:
+        self._features.clear()
+        self.bytes = 0
+
     def put(self, key: bytes, features: Tensor) -> None:
         """Keep an image's features; one image larger than the whole cache is not kept."""
         size = features.nbytes
