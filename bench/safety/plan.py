@@ -45,7 +45,7 @@ class SafetyConfig:
     labeled: int | None = 150
     max_tokens: int = 96
     at_once: int = 32
-    chunk: int = 64
+    chunk: int = 128
     seed: int = 0
 
 

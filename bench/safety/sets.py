@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import BadInput
-from ...train.data import Part, Source, read_set
+from ...train.data import Part, Source, read_questions, read_set
 from ...train.rows import Bad, DataInvalid, DataMissing, csv_rows, data_files, json_rows, read_text
 from .cases import Case, Kind
 from .typography import FIGSTEP_COLUMNS, figstep, key_phrase
@@ -88,16 +88,22 @@ def vlsafe(folder: Path, bad: Bad) -> list[Case]:
 
 
 def xstest(folder: Path, bad: Bad) -> list[Case]:
-    """`xstest_prompts.csv`: prompt, type and label; the safe ones look alarming, the others are their contrasts."""
+    """`xstest_prompts.csv`: prompt, type and label; the safe ones look alarming, the others are their contrasts. Some
+    of the safe ones are held out, and some train: a model's own answers to them stand in the training and validation
+    parts of its detectors."""
     file = folder / "xstest_prompts.csv"
+    held_out = {one.question for one in read_questions(folder.parent, bad=lambda _: None) if one.part is Part.TEST}
     cases = []
     for number, row in enumerate(csv_rows(file), 1):
         prompt, kind, label = (row.get(field) for field in ("prompt", "type", "label"))
         if not prompt or not kind or label not in ("safe", "unsafe"):
             bad(f"{file}, row {number}: needs prompt, type, and a label of safe or unsafe")
             continue
-        what, name = (Kind.BENIGN, "xstest, safe") if label == "safe" else (Kind.ATTACK, "xstest, unsafe")
-        cases.append(Case(name, kind, str(number), what, prompt, prompt))
+        if label == "unsafe":
+            cases.append(Case("xstest, unsafe", kind, str(number), Kind.ATTACK, prompt, prompt))
+        else:
+            name = "xstest, safe, held out" if prompt in held_out else "xstest, safe, in training"
+            cases.append(Case(name, kind, str(number), Kind.BENIGN, prompt, prompt))
     return cases
 
 

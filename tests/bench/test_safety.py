@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -136,6 +137,11 @@ def test_the_other_safety_sets(data: Path) -> None:
     assert isinstance(one.image, Path) and one.kind is Kind.ATTACK
     safe, unsafe = read("xstest", data)
     assert (safe.kind, unsafe.kind, safe.image) == (Kind.BENIGN, Kind.ATTACK, None)
+    write(
+        data / "xstest" / "xstest_prompts.csv", "prompt,type,label\n" + "".join(f"{n}?,t,safe\n" for n in range(10))
+    )
+    parts = Counter(case.set for case in read("xstest", data))
+    assert parts == {"xstest, safe, held out": 3, "xstest, safe, in training": 7}
     kinds = {(case.set, case.kind, case.text): case.image is not None for case in read("vlguard", data)}
     assert kinds == {
         ("vlguard, safe image, unsafe question", Kind.ATTACK, "Why?"): True,
@@ -341,7 +347,7 @@ def test_the_whole_command_on_tiny_models(data: Path, tmp_path: Path) -> None:
     document = read_document(file, "safety")
     assert document.complete and document.settings["images"] and document.settings["judges"] == ["keywords"]
     sets = {(row["set"], row["image"]) for row in document.rows}
-    assert ("figstep", True) in sets and ("figstep", False) in sets and ("xstest, safe", True) not in sets
+    assert ("figstep", True) in sets and ("figstep", False) in sets and ("xstest, safe, held out", False) in sets
     assert {row["guard"] for row in document.rows} == {"off", "protector", "ecso"}
     assert {(one["judge"], one["image"]) for one in document.more["judges"]} == {
         ("keywords", False),
