@@ -20,6 +20,7 @@ from ...train.data import Example
 from ...train.features import passage, pooled_states
 from ...train.many import answer_many
 from ..rewrites import MendOnly
+from .figures import rate
 from .judges import Judge, refuses
 
 READ_TOKENS = 96  # of a text that is compared
@@ -29,8 +30,8 @@ DEPTH = 5  # the states after a fifth of the layers are compared: of `smol`'s th
 def detoxified(
     engine: Engine, examples: Sequence[Example], sampling: SamplingParams, judges: Sequence[Judge]
 ) -> dict[str, Any]:
-    """harmless: of the rewrites, by judge, how many of how many it could read; originals: the same of the given
-    answers. refused: rewrites that refuse by the keyword rule; failed: answers without a rewrite. likeness: see
+    """harmless: rates of the rewrites, by judge, of those it could read; originals: the same of the given answers.
+    refused: the rate of rewrites that refuse by the keyword rule; failed: answers without a rewrite. likeness: see
     there; without a rewrite there is none."""
     guards = [MendOnly(Detoxify(), one.text) for one in examples]
     rewrites: dict[int, str] = {}
@@ -45,8 +46,8 @@ def detoxified(
             said = [
                 one for one in judge([(e.question, t) for e, t in zip(kept, its, strict=True)]) if one is not None
             ]
-            found[name][judge.name] = [said.count(False), len(said)]
-    found["refused"] = sum(map(refuses, texts))
+            found[name][judge.name] = rate(said.count(False), len(said))
+    found["refused"] = rate(sum(map(refuses, texts)), len(texts))
     if kept:
         questions, originals = [one.question for one in kept], [one.text for one in kept]
         found["likeness"] = likeness(engine.models["mllm"], questions, originals, texts)

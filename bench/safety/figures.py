@@ -70,15 +70,15 @@ class Figures:
             "n": len(some),
             "harmful": self._harmful(results) if kind is Kind.ATTACK else {},
             "mended": self._mended(results, kind),
-            "refused": _rate(sum(one.refused for one in results), len(results)),
-            "flagged": _rate(sum(one.flagged for one in results), len(results)),
+            "refused": rate(sum(one.refused for one in results), len(results)),
+            "flagged": rate(sum(one.flagged for one in results), len(results)),
             "failed": sum(one.failed for one in results),
             "rounds": round(mean(one.rounds for one in results), 4),
             "exposed_ms": round(1e3 * median(one.exposed for one in results), 3),
         }
         if pairs:
             newly = sum(one.result.refused and not other.result.refused for one, other in pairs)
-            found["newly_refused"] = _rate(newly, len(pairs))
+            found["newly_refused"] = rate(newly, len(pairs))
             added = mean(one.share - other.share for one, other in pairs)
             found["added_ms"] = round(1e3 * added, 2)
             found["added_percent"] = round(100 * added / max(1e-9, mean(other.share for _, other in pairs)), 1)
@@ -102,10 +102,10 @@ class Figures:
         found: dict[str, Any] = {}
         for place, judge in enumerate(self.judges):
             said = [one.harmful[place] for one in results if one.harmful[place] is not None]
-            found[judge] = {**_rate(sum(map(bool, said)), len(said)), "unread": len(results) - len(said)}
+            found[judge] = {**rate(sum(map(bool, said)), len(said)), "unread": len(results) - len(said)}
         if len(self.judges) > 1:
             known = [one.harmful for one in results if None not in one.harmful]
-            found[ALL] = {**_rate(sum(map(all, known)), len(known)), "unread": len(results) - len(known)}
+            found[ALL] = {**rate(sum(map(all, known)), len(known)), "unread": len(results) - len(known)}
         return found
 
     def more(self, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,8 @@ def _key(case: Case) -> str:
     return f"{case.scenario}/{case.id}"
 
 
-def _rate(count: int, of: int) -> dict[str, Any]:
+def rate(count: int, of: int) -> dict[str, Any]:
+    """How many of how many, as JSON, in percent with the 95 % interval."""
     low, high = interval(count, of)
     percent = round(100 * count / of, 2) if of else None
     return {"count": count, "n": of, "percent": percent, "low": round(low, 2), "high": round(high, 2)}
@@ -183,4 +184,4 @@ def _rate(count: int, of: int) -> dict[str, Any]:
 
 def _together(rates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     known = list(rates)
-    return _rate(sum(one["count"] for one in known), sum(one["n"] for one in known))
+    return rate(sum(one["count"] for one in known), sum(one["n"] for one in known))

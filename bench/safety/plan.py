@@ -26,7 +26,7 @@ from .figures import Figures
 from .judges import Judge, trained_on
 from .labeled import detector_quality, judge_accuracy, labeled_answers, self_judge_accuracy, unseen
 from .sets import READERS
-from .typography import Typography
+from .typography import Typography, figstep
 from .utility import UTILITY_READERS, check_answers
 
 OFF = "off"
@@ -116,8 +116,10 @@ class SafetyPlan:
 
     def warm_up(self) -> None:
         short = SamplingParams(temperature=0.0, max_tokens=2, seed=self.seed)
+        page = Case("", "", "", CaseKind.ORDINARY, "Hello.", "Hello.", figstep("Hello."))
+        chats = [page.messages(with_image) for with_image in ((False, True) if self.sees else (False,))]
         for guard in self._guards.values():
-            self._engine.chat(["Hello."], guard=guard, sampling=short)
+            self._engine.chat(chats, guard=guard, sampling=short)
 
     def units(self, done: dict[str, Any]) -> Iterator[Unit]:
         for name, with_image, numbers in self._chunks():

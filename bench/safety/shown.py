@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 ALL = "all"
 FEWEST_AXES = 3  # of a radar
 LINES = ("-", "--", ":", "-.")
-LIKE = ("original", "refusal", "other_original")
+LIKE = {
+    "question_rewrite": "similarity of question and rewrite",
+    "question_original": "of question and original answer",
+    "question_refusal": "of question and a fixed refusal",
+    "question_other_original": "of question and another question's original answer",
+    "original_rewrite": "of original answer and rewrite",
+    "original_refusal": "of original answer and a fixed refusal",
+}
 
 
 def safety_tables(document: Document) -> Iterator[ResultTable]:
@@ -189,33 +196,25 @@ def _mended_tables(
             if row["kind"] == "attack" and row["mended"]["n"] and _whole(row, rows)
         ],
     )
-    given = more.get("detoxified", [])
-    yield ResultTable(
-        "Given harmful answers, rewritten by the detoxifier",
-        (
-            *("n", "failed", *(f"harmless by {judge} %" for judge in judges if judge != ALL)),
-            *(f"originals, {judge} %" for judge in judges if judge != ALL),
-            *("refuse %", "question and rewrite", "question and original", "question and a fixed refusal"),
-            *("question and another's original", "original and rewrite", "original and a fixed refusal"),
-        ),
-        [
-            (
-                *(str(one["n"]), str(one["failed"])),
-                *(
-                    _of(one[name].get(judge))
-                    for name in ("harmless", "originals")
-                    for judge in judges
-                    if judge != ALL
-                ),
-                _of([one["refused"], one["n"]]),
-                *(_maybe(one.get("likeness", {}).get(f"question_{name}")) for name in ("rewrite", *LIKE)),
-                *(_maybe(one.get("likeness", {}).get(f"original_{name}")) for name in ("rewrite", "refusal")),
-            )
-            for one in given
-        ],
-        "Harmful answers of GPTFuzz's and JailbreakBench's validation parts. Similarities are cosines of mean hidden "
-        "states of the measured model's lower layers, standardized over these texts.",
-    )
+    for one in more.get("detoxified", []):
+        of_judges = [
+            (f"{what} harmless by {judge} %", _percent(one[name].get(judge)))
+            for name, what in (("harmless", "rewrites"), ("originals", "originals"))
+            for judge in one[name]
+        ]
+        yield ResultTable(
+            "Given harmful answers, rewritten by the detoxifier",
+            ("what", "value"),
+            [
+                ("rewrites", str(one["n"])),
+                ("answers without a rewrite", str(one["failed"])),
+                *of_judges,
+                ("rewrites that refuse, by the keyword rule %", _percent(one["refused"])),
+                *((what, _maybe(one.get("likeness", {}).get(name))) for name, what in LIKE.items()),
+            ],
+            "Harmful answers of GPTFuzz's and JailbreakBench's validation parts. Similarities are cosines of mean "
+            "hidden states of the measured model's lower layers, standardized over these texts.",
+        )
 
 
 def safety_pictures(document: Document) -> Iterator[Picture]:
@@ -304,11 +303,6 @@ def _percent(rate: Mapping[str, Any] | None, interval: bool = True) -> str:
     if rate is None or rate["percent"] is None:
         return ""
     return f"{rate['percent']:.1f}" + (f" ({rate['low']:.1f} to {rate['high']:.1f})" if interval else "")
-
-
-def _of(counted: Sequence[int] | None) -> str:
-    """counted: how many, of how many."""
-    return "" if not counted or not counted[1] else f"{100 * counted[0] / counted[1]:.1f}"
 
 
 def _drawn(settings: Mapping[str, Any]) -> str:

@@ -357,8 +357,8 @@ def test_the_whole_command_on_tiny_models(data: Path, tmp_path: Path) -> None:
     assert document.more["labeled_detectors"][0]["detector"] == "tiny-llama"
     assert all("added_ms" in row for row in document.rows)
     (rewritten,) = document.more["detoxified"]
-    assert rewritten["n"] == 2 and rewritten["failed"] == 0 and rewritten["harmless"]["keywords"][1] == 2
-    assert rewritten["originals"]["keywords"] == [0, 2] and -1 <= rewritten["likeness"]["question_rewrite"] <= 1
+    assert rewritten["n"] == 2 and rewritten["failed"] == 0 and rewritten["harmless"]["keywords"]["n"] == 2
+    assert rewritten["originals"]["keywords"]["count"] == 0 and -1 <= rewritten["likeness"]["question_rewrite"] <= 1
     assert SECRET not in file.read_text() and SECRET not in done.stdout
     kept = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(kept) == sum(
