@@ -104,6 +104,7 @@ def safety(
     def engine_with(name: str) -> Callable[[], Engine]:
         return lambda: EngineNames(model, name, detoxifier, device, dtype).engine()
 
+    stderr = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
         keep = None if keep_answers is None else _kept(keep_answers, stack)
 
@@ -114,7 +115,7 @@ def safety(
                 "dtype": str(engine.models["mllm"].backbone.decoder.dtype).removeprefix("torch."),
                 "detector": guards_detector,
             }
-            return SafetyPlan(
+            plan = SafetyPlan(
                 engine,
                 dict(guards),
                 cases,
@@ -126,10 +127,12 @@ def safety(
                 bad=bad,
                 keep=keep,
             )
+            stderr.print(plan.work)
+            return plan
 
         run_plan("safety", make, json, resume)
     for problem in skipped.first:
-        Console(stderr=True, highlight=False).print(f"left out: {problem}", style="yellow", markup=False)
+        stderr.print(f"left out: {problem}", style="yellow", markup=False)
 
 
 def _judge(name: str, own: EngineNames, judge_model: str | None) -> Judge:

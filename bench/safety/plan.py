@@ -55,7 +55,12 @@ def read_cases(data: Path, config: SafetyConfig, bad: Bad = refuse) -> list[Case
     readers = READERS | UTILITY_READERS
     if unknown := [name for name in config.sets if name not in readers]:
         raise BadInput(f"unknown sets {', '.join(unknown)}; there are {', '.join(readers)}")
-    names = config.sets or tuple(name for name in readers if (data / name).is_dir())
+    there = tuple(name for name in readers if (data / name).is_dir())
+    if missing := [name for name in config.sets if name not in there]:
+        raise DataMissing(
+            f"{data} has no folder {', '.join(missing)}; of the sets it has {', '.join(there) or 'none'}"
+        )
+    names = config.sets or there
     cases = [case for name in names for case in readers[name](data / name, bad)]
     if not cases:
         raise DataMissing(f"{data} holds none of the folders {', '.join(readers)}, or nothing in them")
@@ -113,6 +118,12 @@ class SafetyPlan:
         }
         self._sampling = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, seed=config.seed)
         self._figures = Figures(self._cases, list(self._guards), [judge.name for judge in judges])
+
+    @property
+    def work(self) -> str:
+        """What there is to do, in words."""
+        answers = len(self._guards) * sum(len(numbers) for _, _, numbers in self._chunks())
+        return f"{answers} answers, {sum(1 for _ in self.units({}))} pieces of work in all"
 
     def warm_up(self) -> None:
         short = SamplingParams(temperature=0.0, max_tokens=2, seed=self.seed)

@@ -181,6 +181,8 @@ def test_bad_rows_are_named_or_skipped(data: Path) -> None:
         read_cases(data, SafetyConfig(sets=("nothing",)))
     with pytest.raises(DataMissing):
         read_cases(data / "xstest", SafetyConfig())
+    with pytest.raises(DataMissing, match="no folder figstep-tiny; of the sets it has mm-safetybench, figstep"):
+        read_cases(data, SafetyConfig(sets=("figstep-tiny",)))
     (data / "vlguard" / "test.json").write_text(
         json.dumps([{"image": "../../xstest/x.jpg", "safe": False, "instr-resp": [{"instruction": "?"}]}])
     )
