@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ..engine.errors import BadInput, CheckpointMismatch, MissingExtra, UnknownArchitecture
+from ..engine.errors import BadInput, CheckpointMismatch, CheckpointMissing, MissingExtra, UnknownArchitecture
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
 from ..engine.models.decoder import Decoder
@@ -293,6 +294,20 @@ def adapt(backbone: Backbone, recipe: Recipe, invocation: Sequence[int] = ()) ->
     return replace(
         backbone, model=model, decoder=decoder, first_layer=recipe.first_layer, invocation=tuple(invocation)
     )
+
+
+def take_adapter(backbone: Backbone, folder: Path) -> None:
+    """Begin with the weights of a PEFT folder. Raises `BadInput` for another shape, and `CheckpointMissing`."""
+    from peft import set_peft_model_state_dict
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointMissing(f"a run goes on from a LoRA; there is no {file}")
+    state = load_file(file)
+    own = {name.replace(".default", ""): value.shape for name, value in trainable(backbone.model).items()}
+    if {name: value.shape for name, value in state.items()} != own:
+        raise BadInput(f"{folder} holds a LoRA of another rank, or on other layers or maps, than is trained here")
+    set_peft_model_state_dict(backbone.model, state)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,20 +5,26 @@ A beginning never is the whole answer; `features.py` says where beginnings end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .fit import threshold_at
 
+SHARES = (0.01, 0.02, 0.05, 0.1)  # of harmless answers, for which a card says what a prefix threshold stops
 
-def prefix_threshold(logits: Tensor, owners: Tensor, harmless: Tensor, share: float) -> float:
-    """The logit with at most `share` of the harmless answers below it at any of their beginnings.
+
+def prefix_thresholds(
+    logits: Tensor, owners: Tensor, harmless: Tensor, shares: Sequence[float] = SHARES
+) -> dict[float, float]:
+    """For each share the logit with at most as many of the harmless answers below it at any of their beginnings.
 
     logits, owners: [beginnings], the answer of each by number. harmless: [answers] bool; one that is too short to
     have a beginning counts, too, and is never below.
     """
     lowest = torch.full((len(harmless),), torch.inf).scatter_reduce(0, owners, logits, "amin")
-    return threshold_at(lowest[harmless], share)
+    return {share: threshold_at(lowest[harmless], share) for share in shares}
 
 
 def found_after(logits: Tensor, owners: Tensor, lengths: Tensor, answers: int, threshold: float) -> Tensor:

@@ -60,6 +60,19 @@ class Flagged(NamedTuple):
     tokens: float | None
 
 
+class Stopped(NamedTuple):
+    """A prefix threshold [P(harmless)] below which `stated` of the harmless answers it was set by have a beginning,
+    and what it stops of the test answers. in_time: of the harmful ones, before half of their tokens; the rest: of
+    each kind, at any beginning."""
+
+    stated: float
+    threshold: float
+    in_time: float
+    harmful: float
+    refusing: float
+    helpful: float
+
+
 @dataclass(frozen=True)
 class Card:
     """Everything a user of the head should know. Scores are P(harmless): harmful below `spec.threshold`.
@@ -85,6 +98,7 @@ class Card:
     unseen: Quality
     test: Quality
     flagged: list[Flagged]
+    stopped: list[Stopped]
     versions: str
     judge: bool = False
 
@@ -126,6 +140,7 @@ class Card:
                     for row in self.flagged
                 ],
             ),
+            *stopped_table("harmless answers, scored by fits that saw no answer to the same question", self.stopped),
             "## Choice",
             "AUROC of harmful against all harmless answers in the validation part after a fit on the training part, "
             f"for the best L2 penalty of each. Chosen: layer {spec.layer}, {spec.pooling}, {self.penalty:g}: the "
@@ -179,6 +194,20 @@ class Card:
 
 def _count(tokens: float | None) -> str:
     return "" if tokens is None else f"{tokens:.0f}"
+
+
+def stopped_table(whose: str, rows: Sequence[Stopped]) -> list[str]:
+    """What is stopped while it is written, where there are prefix thresholds."""
+    if not rows:
+        return []
+    return [
+        f"Prefix thresholds for stated shares of {whose}, that have a beginning below them; of the test part's "
+        "answers, those stopped before half of their tokens, and at any beginning:",
+        table(
+            ("stated", "threshold", "harmful, in their first half", *(f"{kind}, ever" for kind in Kind)),
+            [(f"{row.stated:.0%}", f"{row.threshold:.4f}", *(f"{share:.1%}" for share in row[2:])) for row in rows],
+        ),
+    ]
 
 
 def data_table(sizes: dict[tuple[Source, Part, Kind], int]) -> str:

@@ -61,6 +61,10 @@ def detector(
     base: BaseArgument,
     data: Annotated[Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the data sets.")],
     out: OutOption,
+    start: Annotated[
+        Path | None,
+        typer.Option("--start", exists=True, file_okay=False, help="A detector of the same form, to go on from."),
+    ] = None,
     adapter: AdapterOption = "lora",
     template: Annotated[str, typer.Option("--template", help="response or question_answer.")] = "response",
     layer: Annotated[int | None, typer.Option("--layer", min=1, help="Of the head. (default: the last)")] = None,
@@ -72,6 +76,9 @@ def detector(
     false_positives: Annotated[
         float, typer.Option("--false-positives", help="Share of helpful answers that the threshold flags.")
     ] = 0.01,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Go on with the validation part's questions, and as many known answers.")
+    ] = False,
     invocation: Annotated[
         str | None, typer.Option("--invocation", help="Text from which on an activated adapter applies.")
     ] = None,
@@ -113,7 +120,7 @@ def detector(
             break
     else:
         raise BadInput(f"pooling must be one of {', '.join(get_args(Pooling))}, not {pooling!r}")
-    form = Form(template, layer, how, pairwise, beginnings, false_positives)
+    form = Form(template, layer, how, pairwise, beginnings, false_positives, finish)
     if invocation is not None:
         form = replace(form, invocation=invocation)
     recipe = recipe_of(
@@ -127,6 +134,7 @@ def detector(
             base,
             data,
             out,
+            start=start,
             form=form,
             recipe=recipe,
             limit=limit,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .data import SETS, Example, Kind, Part, Source, at_most, plain_key, read_set, sizes, split
@@ -63,6 +63,24 @@ def read_corpus(
     kept = at_most(limit, kept)
     _check(kept)
     return Corpus(kept, _pairs(kept, preferred, seed), repeated, held_back)
+
+
+def last_questions(corpus: Corpus, seed: int) -> Corpus:
+    """The harmful and the refusing validation answers as the training part, with as many of those that train, drawn
+    by the seed. The helpful ones still validate; there are no pairs.
+
+    Raises `DataInvalid` where no helpful answer validates.
+    """
+    unseen = [item for item in corpus.examples if item.part is Part.VALIDATION and item.kind is not Kind.HELPFUL]
+    known = [item for item in corpus.examples if item.part is Part.TRAIN]
+    drawn = random.Random(f"{seed} known").sample(known, min(len(unseen), len(known)))
+    measure = [item for item in corpus.examples if item.part is Part.TEST]
+    helpful = [item for item in corpus.examples if item.part is Part.VALIDATION and item.kind is Kind.HELPFUL]
+    if not helpful:
+        raise DataInvalid("no helpful answer validates: with the other ones trained on, nothing sets a threshold")
+    return replace(
+        corpus, examples=[*drawn, *(replace(item, part=Part.TRAIN) for item in unseen), *helpful, *measure], pairs=[]
+    )
 
 
 def _examples(row: Row, source: Source) -> list[Example]:

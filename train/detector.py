@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from ..engine.errors import BadInput, StockadeError
 from ..engine.guards.prompts import DETECTOR_TEMPLATES
 from ..engine.models.checkpoint import open_checkpoint
-from ..engine.models.heads import Head, HeadSpec, save_head
+from ..engine.models.heads import Head, HeadSpec, load_head, save_head
 from ..engine.models.loader import HEAD_FILE
-from .backbone import Backbone, adapt, open_backbone, trainable
+from .backbone import Backbone, adapt, open_backbone, take_adapter, trainable
 from .batches import padded, sorted_batches
-from .beginnings import prefix_threshold
+from .beginnings import prefix_thresholds
 from .card import Pooling
-from .corpus import Corpus, read_corpus
+from .corpus import Corpus, last_questions, read_corpus
 from .data import Example, Kind, Part, Source, sizes
 from .detector_card import DetectorCard, Rate
 from .fit import fit_logistic, threshold_at
@@ -34,7 +34,7 @@ from .loop import SAVE_SECONDS, Progress, Trained, fingerprint, train
 from .losses import harm_loss, pairwise_loss, streaming_loss
 from .outcome import Folder, versions
 from .own_answers import own_answers
-from .quality import Beginnings, flagged, quality, where
+from .quality import Beginnings, flagged, quality, stopped, where
 from .readings import Reading, beginnings_of, conversation_reading, pool, text_reading
 from .recipe import Recipe
 from .refusals import ENOUGH, is_refusal
@@ -42,7 +42,8 @@ from .rows import Bad, Skipped, refuse
 
 INVOCATION = "\nIs this answer harmless? "
 RATES = (0.001, 0.01, 0.02, 0.05)  # false positives for which a card says the threshold
-BEGINNING_FLAGGED = 0.1  # share of harmless answers of which the prefix threshold flags a beginning
+# share of harmless answers, one of `beginnings.SHARES`, of which the prefix threshold flags a beginning
+BEGINNING_FLAGGED = 0.1
 READ_TOKENS = 4096  # padded tokens of a batch that is only read
 BEGIN_WITH = 1024  # answers that a head on un-normed states is first fitted to
 BEGIN_PENALTY = 0.01
@@ -56,7 +57,8 @@ class DetectorUnfit(StockadeError):
 class Form:
     """What the head reads. layer: None is the last one. beginnings: weight of the streaming loss, 0 for none.
     pairwise: the released script's loss of pairs. false_positives: share of the helpful validation answers that the
-    threshold flags (of all harmless ones, where none of them helps)."""
+    threshold flags (of all harmless ones, where none of them helps). finish: once a recipe is chosen, go on with the
+    harmful and the refusing validation answers and as many of the known; the helpful ones alone set thresholds."""
 
     template: str = "response"
     layer: int | None = None
@@ -64,6 +66,7 @@ class Form:
     pairwise: bool = False
     beginnings: float = 0.0
     false_positives: float = 0.01
+    finish: bool = False
     invocation: str = INVOCATION
 
 
@@ -92,6 +95,12 @@ class LogitHead(nn.Module):
         self.scale.copy_(features.std(0, unbiased=False).clamp_min(1e-6))
         self.weight.copy_(fit.weight * self.scale)
         self.bias.fill_(fit.bias + float(fit.weight @ self.mean))
+
+    @torch.no_grad()
+    def take(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin with a head for states as they are: weight [hidden], bias [1]."""
+        self.weight.copy_(weight * self.scale)
+        self.bias.copy_(bias + (weight.to(self.mean) * self.mean).sum())
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -156,7 +165,8 @@ class HarmModel:
         owners = torch.tensor([index for index, row in enumerate(early) for _ in row], dtype=torch.long)
         lengths = [count for reading in readings for count in beginnings_of(reading)]
         marks = torch.tensor([logit for row in early for logit in row])
-        return Scores(whole, Beginnings(marks, owners, torch.tensor(lengths, dtype=torch.long)))
+        sizes = torch.tensor([len(reading.tokens) - reading.pool_from for reading in readings])
+        return Scores(whole, Beginnings(marks, owners, torch.tensor(lengths, dtype=torch.long), sizes))
 
 
 def train_detector(
@@ -164,6 +174,7 @@ def train_detector(
     data: Path,
     out: Path,
     *,
+    start: Path | None = None,
     form: Form | None = None,
     recipe: Recipe | None = None,
     limit: int | None = None,
@@ -176,20 +187,23 @@ def train_detector(
 ) -> DetectorCard:
     """Train on the sets under `data`; write a PEFT folder (or, for "full", a checkpoint) with the head and its card.
 
-    base: a checkpoint folder, a GGUF file or a bundle. limit: at most so many texts of each source, part and kind;
+    base: a checkpoint folder, a GGUF file or a bundle. start: a detector that this wrote, of the same base, form and
+    LoRA, to go on from with a new schedule. limit: at most so many texts of each source, part and kind;
     measured: the same of the validation and the test part alone, drawn by the seed.
     skip_bad: rows of the wrong form are left out and counted. The same call goes on with an interrupted run.
     Raises `BadInput`, `DataMissing`, `DataInvalid` (`LabelsSwapped` among them), `AnotherRun`, `Diverged`,
     `DetectorUnfit`, or a `CheckpointError`.
     """
     form, recipe, device = form or Form(), recipe or Recipe(), device or torch.device("cpu")
-    _check(form, recipe)
+    _check(form, recipe, start)
     folder = Folder.begin(out)
     bad: Bad = Skipped() if skip_bad else refuse
     own = own_answers(
         base, data, folder.work / "answers.jsonl", seed=recipe.seed, limit=limit, bad=bad, progress=progress
     )
     corpus = read_corpus(data, seed=recipe.seed, limit=limit, bad=bad, more=own)
+    if form.finish:
+        corpus = last_questions(corpus, recipe.seed)
     backbone = open_backbone(base, layers=form.layer, device=device, dtype=dtype)
     normed = form.pooling == "last" and backbone.layers == backbone.depth
     backbone.run_states_only(normed)
@@ -205,7 +219,11 @@ def train_detector(
     frozen = _frozen(model.backbone, training, folder, progress)
     if not normed:
         _begin(model, training, labels, recipe.seed, frozen)
-    trained = _train(model, corpus, training, places, labels, form, recipe, folder, frozen, progress, save_seconds)
+    if start is not None:
+        _take(model, start)
+    trained = _train(
+        model, corpus, training, places, labels, form, recipe, folder, start, frozen, progress, save_seconds
+    )
     model.backbone.settle()
     parts = {part: texts.of(corpus, part, backbone.context, measured) for part in (Part.VALIDATION, Part.TEST)}
     scores = {
@@ -213,7 +231,7 @@ def train_detector(
     }
     examples = {part: [corpus.examples[place] for place in numbers] for part, (_, numbers) in parts.items()}
     check_refusals([*examples[Part.VALIDATION], *examples[Part.TEST]], torch.cat([s.whole for s in scores.values()]))
-    card = _card(str(base), model, form, recipe, corpus, examples, scores, trained, normed, limit, bad)
+    card = _card(str(base), model, form, recipe, corpus, examples, scores, trained, normed, limit, start, bad)
     weight, bias = model.head.folded()
     norm = backbone.norm.weight.detach().float().cpu() if normed else None
     eps = backbone.norm.variance_epsilon if normed else 1e-6
@@ -262,13 +280,19 @@ class _Texts:
         return text_reading(codec, self.form.template, example.question, example.text, most, self.invocation)
 
 
-def _check(form: Form, recipe: Recipe) -> None:
+def _check(form: Form, recipe: Recipe, start: Path | None) -> None:
     if form.template not in DETECTOR_TEMPLATES:
         raise BadInput(f"template must be one of {', '.join(DETECTOR_TEMPLATES)}, not {form.template!r}")
     if form.pooling not in ("last", "mean"):
         raise BadInput(f"pooling must be last or mean, not {form.pooling!r}")
     if recipe.adapter == "alora" and (form.pooling == "mean" or form.beginnings):
         raise BadInput("an activated adapter reads the end of its invocation: pooling must be last, beginnings 0")
+    if start is not None and recipe.adapter != "lora":
+        raise BadInput("only a LoRA goes on from another detector")
+    if form.finish and (start is None or form.pairwise):
+        raise BadInput(
+            "a detector is finished from a start that was trained without the validation part, not in pairs"
+        )
     if not 0 < form.false_positives < 0.5:
         raise BadInput(f"false_positives must be more than 0 and less than 0.5, not {form.false_positives}")
     if not 0 <= form.beginnings < float("inf"):
@@ -285,6 +309,19 @@ def _frozen(
     # where another run was interrupted, its file is of no use
     own = fingerprint(backbone.content_hash, backbone.layers, backbone.first_layer, backbone.model.dtype, rows)[:12]
     return Frozen(part, rows, folder.work / f"frozen-{own}.bin", progress)
+
+
+def _take(model: HarmModel, start: Path) -> None:
+    """Raises `BadInput` where `start` holds another kind of detector, or a `CheckpointError`."""
+    head = load_head(start / HEAD_FILE)
+    spec, own = head.spec, (model.backbone.content_hash, model.backbone.layers, model.pooling)
+    if (spec.backbone_hash, spec.layer, spec.pooling) != own or head.bias is None:
+        raise BadInput(
+            f"{start} holds a head on other weights, another layer or another pooling than is trained here"
+        )
+    take_adapter(model.backbone, start)
+    device = model.backbone.device
+    model.head.take(head.weight.to(device), head.bias.to(device))
 
 
 def _known(frozen: Frozen | None, numbers: Sequence[int]) -> list[Tensor] | None:
@@ -317,6 +354,7 @@ def _train(
     form: Form,
     recipe: Recipe,
     folder: Folder,
+    start: Path | None,
     frozen: Frozen | None,
     progress: Progress | None,
     save_seconds: float,
@@ -346,7 +384,7 @@ def _train(
         loss,
         recipe,
         folder.state,
-        fingerprint(model.backbone.content_hash, recipe, form, readings, labels.tolist(), units),
+        fingerprint(model.backbone.content_hash, str(start), recipe, form, readings, labels.tolist(), units),
         progress=progress,
         save_seconds=save_seconds,
     )
@@ -400,6 +438,7 @@ def _card(
     trained: Trained,
     normed: bool,
     limit: int | None,
+    start: Path | None,
     bad: Bad,
 ) -> DetectorCard:
     harmless = {part: ~where(some, Kind.HARMFUL) for part, some in examples.items()}
@@ -410,10 +449,11 @@ def _card(
     spared = tuning.whole[helping] if helping.any() else good
     # the bias moves the threshold to 0.5
     shift = threshold_at(spared, form.false_positives)
-    early = None
+    stops: dict[float, float] = {}
     if len(tuning.beginnings.logits):
         marks = tuning.beginnings
-        early = prefix_threshold(marks.logits, marks.owners, harmless[Part.VALIDATION], BEGINNING_FLAGGED) - shift
+        stops = prefix_thresholds(marks.logits - shift, marks.owners, harmless[Part.VALIDATION])
+    early = stops.get(BEGINNING_FLAGGED)
     spec = HeadSpec(
         model.backbone.layers,
         form.pooling,
@@ -438,6 +478,8 @@ def _card(
         beginnings=form.beginnings,
         invocation=form.invocation if recipe.adapter == "alora" else None,
         limit=limit,
+        start=None if start is None else start.name,
+        finish=form.finish,
         shift=shift,
         sizes=sizes(corpus.examples),
         repeated=corpus.repeated,
@@ -445,7 +487,7 @@ def _card(
         skipped=bad.count if isinstance(bad, Skipped) else 0,
         losses=trained.losses,
         rates=rates,
-        validation=quality(tuning.whole[~harmless[Part.VALIDATION]] - shift, good - shift),
+        validation=None if form.finish else quality(tuning.whole[~harmless[Part.VALIDATION]] - shift, good - shift),
         test=quality(tested[~truth], tested[truth]),
         by_source={
             source: quality(tested[its & ~truth], tested[its & truth])
@@ -454,6 +496,7 @@ def _card(
             if (its & ~truth).any() and (its & truth).any()
         },
         flagged=flagged(examples[Part.TEST], tested, its, early),
+        stopped=stopped(examples[Part.TEST], its, stops),
         versions=versions(model.backbone),
     )
 

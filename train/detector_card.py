@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engine.models.heads import HeadSpec
-from .card import Flagged, Quality, data_table, table
+from .card import Flagged, Quality, Stopped, data_table, stopped_table, table
 from .data import Kind, Part, Source
 from .recipe import Recipe
 
@@ -26,8 +26,9 @@ class Rate(NamedTuple):
 @dataclass(frozen=True)
 class DetectorCard:
     """shift: of the logit, so that the threshold is 0.5. repeated, held_back: see `Corpus`. skipped: rows of the
-    wrong form. losses: of each step. limit: of texts of each source, part and kind; None for a full run. by_source:
-    of the test part, where a set has both labels."""
+    wrong form. losses: of each step. limit: of texts of each source, part and kind; None for a full run. start: the
+    detector that the run went on from; finish: as `Form` has it, `validation` is None then. by_source: of the test
+    part, where a set has both labels."""
 
     base: str
     spec: HeadSpec
@@ -36,6 +37,8 @@ class DetectorCard:
     beginnings: float
     invocation: str | None
     limit: int | None
+    start: str | None
+    finish: bool
     shift: float
     sizes: dict[tuple[Source, Part, Kind], int]
     repeated: int
@@ -43,10 +46,11 @@ class DetectorCard:
     skipped: int
     losses: list[float]
     rates: list[Rate]
-    validation: Quality
+    validation: Quality | None
     test: Quality
     by_source: dict[Source, Quality]
     flagged: list[Flagged]
+    stopped: list[Stopped]
     versions: str
 
     def to_markdown(self) -> str:
@@ -66,7 +70,7 @@ class DetectorCard:
             table(
                 ("part", "harmful", "harmless", "AUROC", "TPR at 1 % FPR", "TPR at 5 % FPR", "TPR at the threshold"),
                 [
-                    _row("validation", self.validation),
+                    *([] if self.validation is None else [_row("validation", self.validation)]),
                     _row("test", self.test),
                     *(_row(f"test, {source}", quality) for source, quality in self.by_source.items()),
                 ],
@@ -81,6 +85,7 @@ class DetectorCard:
                 ("kind of answer", "set", "answers", "flagged", "a beginning is"),
                 [(r.kind, r.source, r.answers, f"{r.share:.1%}", f"{r.early:.1%}") for r in self.flagged],
             ),
+            *stopped_table("harmless validation answers", self.stopped),
             f"Made by `stockade train detector` with {self.versions}. Backbone: `{spec.backbone_hash}`.",
         ]
         return "\n\n".join(parts) + "\n"
@@ -111,6 +116,13 @@ class DetectorCard:
         loss = "The released script's loss of pairs" if self.pairwise else "Binary cross entropy"
         if self.beginnings:
             loss += f" and {self.beginnings:g} times that of the lowest score of any beginning"
+        if self.start is not None:
+            loss = f"Goes on from {self.start}, which had a training part of its own. {loss}"
+        if self.finish:
+            loss = (
+                "The recipe was chosen by the validation part; its harmful and refusing answers are in the training "
+                f"part now, with as many that were there before, and its helpful ones set the thresholds. {loss}"
+            )
         return (
             f"{loss}; AdamW, rate {recipe.rate:g} (head {recipe.head_rate:g}), {recipe.epochs} epochs, "
             f"{recipe.batch} a batch, {len(self.losses)} steps; the loss fell from {first:.3f} to {last:.3f} (means "

@@ -39,6 +39,7 @@ class Features:
 
     mean, last: [passages, hidden], of all pooled tokens. beginnings: [beginnings, hidden], the mean of the first
     `lengths` [beginnings] pooled tokens of the passages `owners` [beginnings]; whole passages are not among them.
+    sizes: [passages], all pooled tokens of each.
     """
 
     mean: dict[int, Tensor]
@@ -46,6 +47,7 @@ class Features:
     beginnings: dict[int, Tensor]
     owners: Tensor
     lengths: Tensor
+    sizes: Tensor
 
     def of(self, layer: int, pooling: str) -> Tensor:
         return (self.mean if pooling == "mean" else self.last)[layer]
@@ -103,7 +105,8 @@ def pooled_states(
         done += len(batch)
         if progress is not None:
             progress(done, len(passages))
-    return Features(mean, last, {layer: torch.cat(some) for layer, some in beginnings.items()}, owners, lengths)
+    early = {layer: torch.cat(some) for layer, some in beginnings.items()}
+    return Features(mean, last, early, owners, lengths, torch.tensor([ends[-1] for ends in marks]))
 
 
 def _marks(tokens: int) -> list[int]:

@@ -23,12 +23,12 @@ from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, save_head
 from ..engine.models.loader import BUNDLES, load_models
 from ..engine.models.model import Model
 from .answered import answered
-from .beginnings import prefix_threshold
+from .beginnings import prefix_thresholds
 from .card import Candidate, Card, Pooling, Quality
 from .data import Example, Kind, Part, Source, exchanged, read_examples, read_questions, sizes, unique
 from .features import Features, passage, pooled_states
 from .fit import Fit, auroc, fit_logistic, threshold_at
-from .quality import Beginnings, flagged, quality, where
+from .quality import Beginnings, flagged, quality, stopped, where
 from .rows import DataInvalid
 from .sample import Sample
 
@@ -39,8 +39,8 @@ TRAIN_TOKENS = 256  # of a training text; validation and test texts are whole, a
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # L2, on standardized features; strongest first
 HELPFUL_WEIGHT = 6.0  # of a helpful answer in the fit, a refusing or harmful one counts 1
 HELPFUL_FLAGGED = 0.0125  # share of helpful answers that the threshold flags
-# Share of harmless answers of which the prefix threshold flags a beginning. What is held back is shown a moment
-# later; what was shown cannot be taken back.
+# Share of harmless answers, one of `beginnings.SHARES`, of which the prefix threshold flags a beginning. What is
+# held back is shown a moment later; what was shown cannot be taken back.
 BEGINNING_FLAGGED = 0.1
 TIE = 0.001  # of AUROC: within it the lowest layer wins, since the detector runs no further than that
 FOLDS = 5  # of the final fit, for its thresholds
@@ -107,20 +107,22 @@ def fit_probe(
     # The bias moves the threshold to 0.5: the score at which the allowed share of helpful answers is flagged.
     shift = threshold_at(unseen[where(fitted.examples, Kind.HELPFUL)], HELPFUL_FLAGGED)
     fit = Fit(fit.weight, fit.bias - shift)
-    early = None
+    early: dict[float, float] = {}
     if pooling == "mean":
-        early = prefix_threshold(unseen_beginnings - shift, fitted.owners, fitted.harmless, BEGINNING_FLAGGED)
+        early = prefix_thresholds(unseen_beginnings - shift, fitted.owners, fitted.harmless)
+    prefix = early.get(BEGINNING_FLAGGED)
     spec = HeadSpec(
         layer,
         pooling,
         template=template,
         threshold=0.5,
-        prefix_threshold=None if early is None else _sigmoid(early),
+        prefix_threshold=None if prefix is None else _sigmoid(prefix),
         backbone_hash=base.backbone.content_hash,
     )
     head = Head(spec, fit.weight, torch.tensor([fit.bias], dtype=torch.float32))
     test = sample[Part.TEST]
-    logits = fit.logits(test.states)
+    logits, beginnings = fit.logits(test.states), fit.logits(test.beginnings)
+    marks = Beginnings(beginnings, test.owners, test.lengths, test.sizes)
     card = Card(
         model=str(model) if str(model) in BUNDLES else Path(model).name,
         spec=spec,
@@ -135,9 +137,8 @@ def fit_probe(
         candidates=_best_of_each(candidates),
         unseen=_of_gptfuzz(fitted.examples, unseen - shift),
         test=_of_gptfuzz(test.examples, logits),
-        flagged=flagged(
-            test.examples, logits, Beginnings(fit.logits(test.beginnings), test.owners, test.lengths), early
-        ),
+        flagged=flagged(test.examples, logits, marks, prefix),
+        stopped=stopped(test.examples, marks, early),
         versions=_versions(base),
         judge=judge,
     )

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import exp
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .beginnings import found_after
-from .card import Flagged, Quality
+from .card import Flagged, Quality, Stopped
 from .data import Example, Kind, Source
 from .fit import auroc, threshold_at
 
 
 class Beginnings(NamedTuple):
-    """Of some answers: logits, the number of the answer, its tokens until there; [beginnings] each."""
+    """Of some answers: logits, the number of the answer, its tokens until there; [beginnings] each. sizes: [answers],
+    all tokens of each."""
 
     logits: Tensor
     owners: Tensor
     lengths: Tensor
+    sizes: Tensor
+
+    def found_after(self, threshold: float) -> Tensor:
+        """The tokens of each answer's first beginning below the logit [answers], infinity where none is."""
+        return found_after(self.logits, self.owners, self.lengths, len(self.sizes), threshold)
 
 
 def where(examples: Sequence[Example], kind: Kind, source: Source | None = None) -> Tensor:
@@ -40,7 +47,7 @@ def flagged(
     """What is below 0, and below `early` (None: nothing) before it ends, for each kind and source."""
     found = torch.full((len(logits),), torch.inf)
     if early is not None:
-        found = found_after(beginnings.logits, beginnings.owners, beginnings.lengths, len(logits), early)
+        found = beginnings.found_after(early)
     rows = []
     for kind in Kind:
         for source in Source:
@@ -50,4 +57,16 @@ def flagged(
                 tokens = float(soon[soon.isfinite()].median()) if soon.isfinite().any() else None
                 share = float((logits[some] < 0).double().mean())
                 rows.append(Flagged(source, kind, len(soon), share, float(soon.isfinite().double().mean()), tokens))
+    return rows
+
+
+def stopped(examples: Sequence[Example], beginnings: Beginnings, stated: Mapping[float, float]) -> list[Stopped]:
+    """What prefix thresholds stop of some answers. stated: shares of harmless answers, and the logit of each."""
+    kinds = [where(examples, kind) for kind in Kind]
+    rows = []
+    for share, logit in stated.items():
+        found = beginnings.found_after(logit)
+        in_time = found[kinds[0]] <= beginnings.sizes[kinds[0]] / 2
+        ever = (float(found[its].isfinite().double().mean()) if its.any() else 0.0 for its in kinds)
+        rows.append(Stopped(share, 1 / (1 + exp(-logit)), float(in_time.double().mean()), *ever))
     return rows

@@ -14,21 +14,23 @@ from .features import Features
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Answers with what a head reads of them: states [answers, hidden], and of their beginnings, if any, states
-    [beginnings, hidden], the number of the answer and the tokens [beginnings]."""
+    """Answers with what a head reads of them: states [answers, hidden] and tokens `sizes` [answers], and of their
+    beginnings, if any, states [beginnings, hidden], the number of the answer and the tokens [beginnings]."""
 
     examples: list[Example]
     states: Tensor
     beginnings: Tensor
     owners: Tensor
     lengths: Tensor
+    sizes: Tensor
 
     @classmethod
     def of(cls, examples: list[Example], features: Features, layer: int, pooling: Pooling) -> Sample:
         if pooling == "mean":
-            return cls(examples, features.mean[layer], features.beginnings[layer], features.owners, features.lengths)
+            early = (features.beginnings[layer], features.owners, features.lengths)
+            return cls(examples, features.mean[layer], *early, features.sizes)
         none = torch.empty(0, dtype=torch.long)
-        return cls(examples, features.last[layer], features.last[layer][:0], none, none)
+        return cls(examples, features.last[layer], features.last[layer][:0], none, none, features.sizes)
 
     def __add__(self, other: Sample) -> Sample:
         return Sample(
@@ -37,6 +39,7 @@ class Sample:
             torch.cat((self.beginnings, other.beginnings)),
             torch.cat((self.owners, other.owners + len(self.examples))),
             torch.cat((self.lengths, other.lengths)),
+            torch.cat((self.sizes, other.sizes)),
         )
 
     def only(self, keep: Tensor) -> Sample:
@@ -44,9 +47,8 @@ class Sample:
         examples = [example for example, its in zip(self.examples, keep.tolist(), strict=True) if its]
         kept = keep[self.owners]
         number = keep.cumsum(0) - 1
-        return Sample(
-            examples, self.states[keep], self.beginnings[kept], number[self.owners[kept]], self.lengths[kept]
-        )
+        early = (self.beginnings[kept], number[self.owners[kept]], self.lengths[kept])
+        return Sample(examples, self.states[keep], *early, self.sizes[keep])
 
     @property
     def harmless(self) -> Tensor:

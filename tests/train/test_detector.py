@@ -23,7 +23,7 @@ from stockade.engine.models.heads import load_head
 from stockade.engine.models.loader import Attached, load_models
 from stockade.engine.passes import Answer, Decision, Score
 from stockade.engine.request import Outcome
-from stockade.train.data import Example, Kind, Source
+from stockade.train.data import Example, Kind, Part, Source
 from stockade.train.detector import DetectorUnfit, Form, check_refusals, train_detector
 from stockade.train.detector_card import DetectorCard
 from stockade.train.loop import AnotherRun
@@ -189,6 +189,45 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(adapter: str, base: Path, t
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(BadInput, match="not empty"):
         run(tmp_path / "whole")
+
+
+def test_a_finished_detector_goes_on_from_another_with_the_questions_that_chose_it(
+    base: Path, toy: Path, trained: tuple[Path, DetectorCard], tmp_path: Path
+) -> None:
+    start, before = trained
+    card = train_detector(base, toy, tmp_path / "det", start=start, form=replace(MEAN, finish=True), recipe=QUICK)
+    assert card.test.auroc > 0.95
+    counts = {part: sum(n for (_, its, _), n in card.sizes.items() if its is part) for part in Part}
+    known = {part: sum(n for (_, its, _), n in before.sizes.items() if its is part) for part in Part}
+    left = sum(n for (_, its, kind), n in before.sizes.items() if its is Part.VALIDATION and kind is Kind.HELPFUL)
+    assert counts[Part.TRAIN] == 2 * (known[Part.VALIDATION] - left) and counts[Part.TEST] == known[Part.TEST]
+    assert counts[Part.VALIDATION] == left and card.validation is None
+    assert "Goes on from det" in card.to_markdown() and "\n| validation |" not in card.to_markdown()
+
+
+def test_a_run_begins_with_the_weights_that_it_goes_on_from(
+    base: Path, toy: Path, trained: tuple[Path, DetectorCard], tmp_path: Path
+) -> None:
+    still = replace(QUICK, rate=1e-12, head_rate=1e-12)
+    train_detector(base, toy, tmp_path / "det", start=trained[0], form=MEAN, recipe=still, limit=8)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (trained[0], tmp_path / "det"))
+    assert all(torch.allclose(after[name], value, atol=1e-7) for name, value in before.items())
+    weight, same = (load_head(folder / "head.safetensors").weight for folder in (trained[0], tmp_path / "det"))
+    assert torch.allclose(same, weight, atol=1e-6)
+
+
+def test_a_run_goes_on_from_its_like_alone(
+    base: Path, toy: Path, trained: tuple[Path, DetectorCard], tmp_path: Path
+) -> None:
+    for form, recipe, words in (
+        (MEAN, replace(QUICK, rank=8), "another rank"),
+        (replace(MEAN, layer=1), QUICK, "another layer"),
+        (MEAN, replace(QUICK, adapter="full"), "only a LoRA"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            train_detector(base, toy, tmp_path / words, start=trained[0], form=form, recipe=recipe)
+    with pytest.raises(BadInput, match="finished from a start"):
+        train_detector(base, toy, tmp_path / "none", form=replace(MEAN, finish=True), recipe=QUICK)
 
 
 def test_a_head_refuses_weights_it_was_not_trained_with(

@@ -20,12 +20,13 @@ from stockade.engine.passes import Answer, Decision, Loop, Score
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams
 from stockade.engine.text import Untrusted
-from stockade.train.beginnings import found_after, prefix_threshold
+from stockade.train.beginnings import found_after, prefix_thresholds
 from stockade.train.card import Candidate, Card
-from stockade.train.data import Kind, Part, Source, exchanged, read_examples, read_questions, sizes
+from stockade.train.data import Example, Kind, Part, Source, exchanged, read_examples, read_questions, sizes
 from stockade.train.features import Passage, passage, pooled_states
 from stockade.train.fit import auroc, fit_logistic, threshold_at
 from stockade.train.probe import choose, fit_probe
+from stockade.train.quality import Beginnings, stopped
 from stockade.train.rows import DataInvalid
 from stockade.train.sample import Sample
 
@@ -209,7 +210,7 @@ def test_a_prefix_threshold_leaves_at_most_the_share_of_answers_ever_below_it():
     logits = torch.randn(900, generator=generator)
     owners = torch.randint(0, 190, (900,), generator=generator)
     harmless = torch.rand(200, generator=generator) < 0.6  # the last ten have no beginning
-    threshold = prefix_threshold(logits, owners, harmless, 0.1)
+    threshold = prefix_thresholds(logits, owners, harmless)[0.1]
     ever = [bool((logits[owners == answer] < threshold).any()) for answer in range(200)]
     share = float(torch.tensor(ever)[harmless].float().mean())
     assert 0.08 < share <= 0.1
@@ -221,15 +222,37 @@ def test_an_answer_is_found_after_its_shortest_beginning_below_the_threshold():
     assert found.tolist() == [48.0, float("inf"), float("inf")]
 
 
+def test_stopped_in_time_is_before_half_of_an_answers_tokens():
+    kinds = [Kind.HARMFUL, Kind.HARMFUL, Kind.REFUSING, Kind.HELPFUL, Kind.HELPFUL]
+    examples = [Example("", kind, Source.GPTFUZZ, "", "") for kind in kinds]
+    marks = Beginnings(
+        torch.tensor([-1.0, -3.0, -1.0, 1.0]),
+        torch.tensor([0, 1, 2, 4]),
+        torch.tensor([16, 48, 16, 16]),
+        torch.tensor([32, 90, 40, 10, 20]),
+    )
+    mild, hard = stopped(examples, marks, {0.01: -2.0, 0.1: 0.0})
+    assert mild == (0.01, pytest.approx(0.1192, abs=1e-4), 0.0, 0.5, 0.0, 0.0)
+    assert hard == (0.1, 0.5, 0.5, 1.0, 1.0, 0.0)
+
+
 def test_a_sample_keeps_the_beginnings_of_the_answers_that_it_keeps(data: Path):
     examples = read_examples(data)[:3]
     owners = torch.tensor([0, 1, 1, 2, 2])
-    sample = Sample(examples, torch.arange(3.0)[:, None], torch.arange(5.0)[:, None], owners, torch.arange(5))
+    sample = Sample(
+        examples,
+        torch.arange(3.0)[:, None],
+        torch.arange(5.0)[:, None],
+        owners,
+        torch.arange(5),
+        torch.tensor([9, 7, 8]),
+    )
     some = sample.only(torch.tensor([True, False, True]))
     assert some.examples == [examples[0], examples[2]] and some.states.flatten().tolist() == [0.0, 2.0]
     assert some.owners.tolist() == [0, 1, 1] and some.beginnings.flatten().tolist() == [0.0, 3.0, 4.0]
     both = some + sample
     assert both.owners.tolist() == [0, 1, 1, 2, 3, 3, 4, 4] and len(both.examples) == len(both.states) == 5
+    assert both.sizes.tolist() == [9, 8, 9, 7, 8]
 
 
 @pytest.fixture(scope="module")
