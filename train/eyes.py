@@ -1,18 +1,19 @@
 """Trains eyes: a small vision tower and projector whose outputs a frozen language model reads almost as text.
 
-Four stages. First the language model is shown pages whose patches hold the embeddings of their words, of those that
-are not very usual in pieces of two or three letters, and how patches say them is fitted until it reads them. Then,
-without the language model, the tower's lower layers learn to name letters, its upper layers and the projector to say
-those vectors (a patch where a token begins says its, every other one its empty vector), and last all of it together.
+Five stages. First the language model is shown pages whose patches hold the embeddings of the tokens that begin there,
+and how patches say them is fitted until it reads them. Then, without the language model, the tower's lower layers
+learn to name the letters of a patch, the next one those around it, and the last layer and the projector to say the
+token that these letters begin (from states that are computed once: a vocabulary takes millions of examples). Last all
+of it learns together.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,11 @@ from ..engine.models.eyes import template_with_images
 from ..engine.models.loader import BUNDLES
 from .eyes_gaze import look_along_rows
 from .eyes_model import (
+    LETTERS_AFTER,
     SHRUNK,
     SIDE,
     TRAINING_ONLY,
+    WINDOWS_AFTER,
     Eyes,
     eyes_config,
     image_token,
@@ -39,7 +42,7 @@ from .eyes_model import (
     save_llava,
 )
 from .eyes_targets import EMPTY, Speller, Wanted, wanted
-from .eyes_texts import Texts, whole_words, words_of, words_to_drill
+from .eyes_texts import Texts, words_of, words_to_drill
 from .loop import SAVE_SECONDS, Progress, fingerprint, train
 from .outcome import Folder, device_and_versions
 from .pictures import Painter, Phrases, Picture, letter_font
@@ -60,36 +63,43 @@ _READ = 6  # pictures in a step that goes through the language model
 _LONGEST_QUESTION = 110  # characters, which fill the lines of a list
 _ANSWERED = 48  # tokens of an answer
 _EMPTY_SHARE = 0.3  # empty patches of a step's choice, for each one that says a token
-_OTHERS = 640  # tokens of a step's choice besides those in its pictures
+_OTHERS = 1024  # tokens of a step's choice besides those that are right
 _ALIKE = 3  # for each token in its pictures, others that begin alike: else a word's first letters would do
 _BEGINNING = 3  # letters that are alike
 _NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
 _PLACES = 0.3  # weight of naming a patch's row and column beside its letters
 _BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
+_KEPT = 24  # patches of a picture whose states are kept to learn words from,
+_KEPT_TOKENS = 20  # and so many of them at most where tokens begin
+_SEEN_TOGETHER = 32  # pictures, when states are only computed
+_WORDS_A_STEP = 1024
+_WORDS_AGAIN = 8  # times each is learned from
+_LAST_RATE = 0.7  # of the rate, when all learns together: words have to stay known
 _GAZED = 32  # pictures that show how a state says its place
 _CHECKED = 32  # pictures that the card's figure is of
 
 
 @dataclass(frozen=True)
 class Course:
-    """How eyes are trained. reading, letters, words, steps: of the four stages, the last three of so many pictures
-    (`batch`).
+    """How eyes are trained. reading, letters, spelling, words, steps: of the five stages, the last four of so many
+    pictures (`batch`).
     lists: the share of pictures in FigStep's style.
 
     Raises `BadInput` for values out of range.
     """
 
-    steps: int = 3000
-    batch: int = 8
+    steps: int = 3300
+    batch: int = 16
     rate: float = 1e-3
-    reading: int = 40
-    letters: int = 700
-    words: int = 1500
-    lists: float = 0.6
+    reading: int = 240
+    letters: int = 1400
+    spelling: int = 1400
+    words: int = 4000
+    lists: float = 0.8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("reading", "letters", "words", "steps"):
+        for name in ("reading", "letters", "spelling", "words", "steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lists <= 1:
@@ -126,15 +136,17 @@ class EyesCard:
 
     def to_markdown(self) -> str:
         course = self.course
+        pictures = (course.letters + course.spelling + course.words + course.steps) * course.batch
         done = [
             f"{steps} {what} (loss {_mean(losses[: len(losses) // 10 + 1]):.2f} to "
             f"{_mean(losses[-(len(losses) // 10 + 1) :]):.2f})"
             for steps, what, losses in zip(
-                (course.reading, course.letters, course.words, course.steps),
+                (course.reading, course.letters, course.spelling, len(self.losses[3]), course.steps),
                 (
                     "through the language model, for how patches speak to it",
                     "of the lower layers for letters",
-                    "of the upper layers for words",
+                    "of all but the last layer for the letters around a patch",
+                    f"of {_WORDS_A_STEP:,} patches, of the last layer and the projector for words",
                     "of all",
                 ),
                 self.losses,
@@ -146,10 +158,8 @@ class EyesCard:
             f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
             f"image is shrunk to {SHRUNK} x {SHRUNK} pixels, loses its margin and becomes {SIDE * SIDE} tokens. The "
             "language model is as it was. The eyes read a few lines of large printed English and name simple "
-            "colored shapes; they see nothing else, and of a photograph they say words that mean nothing. They say "
-            "usual words whole and all others in pieces of two or three letters, which a small language model reads "
-            "with mistakes.\n\n"
-            f"Trained on {sum(map(len, self.losses[1:])) * course.batch:,} pictures, drawn for the purpose: "
+            "colored shapes; they see nothing else, and of a photograph they say words that mean nothing.\n\n"
+            f"Trained on {pictures:,} pictures, drawn for the purpose: "
             f"{course.lists:.0%} lists in FigStep's style (font {self.list_font}), pages, banners and scenes of "
             f"shapes, in the fonts {', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts and the "
             f"{self.words:,} words of the model's own vocabulary.\n\n"
@@ -189,18 +199,18 @@ def train_eyes(
     content = open_checkpoint(source).content_hash()
     run = fingerprint(content, course, texts.digest, painter.phrases.words, [file.name for file in fonts])
 
-    def stage(
+    def learn(
         what: str,
-        painter: Painter,
-        parameters: Mapping[str, nn.Parameter],
-        steps: int,
-        loss: Callable[[list[Picture]], Tensor],
+        groups: Sequence[tuple[Mapping[str, nn.Parameter], float]],
+        examples: int,
+        loss: Callable[[list[int]], Tensor],
+        recipe: Recipe = course.recipe,
     ) -> list[float]:
         trained = train(
-            [(parameters, course.rate)],
-            [1] * (steps * course.batch),
-            lambda numbers: loss([drawn(painter, f"{course.seed} {what}", number) for number in numbers]),
-            course.recipe,
+            groups,
+            [1] * examples,
+            loss,
+            recipe,
             folder.work / f"{what}.pt",
             run,
             progress=None if progress is None else lambda _, done, of: progress(f"learning {what}", done, of),
@@ -208,27 +218,41 @@ def train_eyes(
         )
         return trained.losses
 
-    words = words_of(tokenizer)
-    speller = Speller(tokenizer.backend_tokenizer, whole_words(tokenizer, words, texts.train))
+    def pictured(
+        what: str,
+        painter: Painter,
+        parameters: Mapping[str, nn.Parameter],
+        steps: int,
+        loss: Callable[[Eyes, list[Picture]], Tensor],
+        rate: float = course.rate,
+    ) -> list[float]:
+        eyes.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        return learn(
+            what,
+            [(parameters, rate)],
+            steps * course.batch,
+            lambda numbers: loss(eyes, [drawn(painter, f"{course.seed} {what}", number) for number in numbers]),
+        )
+
+    speller = Speller(tokenizer.backend_tokenizer)
     reader = Reader(language, tokenizer, token, speller)
     short = [pair for pair in texts.answered if len(pair[0]) <= _LONGEST_QUESTION and pair[0].isascii()]
     speech = Speech(reader.embedding, reader.blank).to(device)
-    rehearsed = train(
+    rehearsed = learn(
+        "to be read",
         [
             ({"shared": speech.shared}, 0.02),
             ({"each": speech.each, "shift": speech.shift}, 0.004),
             ({"turn": speech.turn}, 1e-3),
         ],
-        [1] * (_READ * course.reading),
+        course.reading * _READ,
         lambda numbers: reader.loss(
             speech, [exercise(painter, short, str(course.seed), number) for number in numbers]
         ),
         Recipe(rate=0.02, epochs=1, batch=_READ, seed=course.seed, adapter="full", weight_decay=0.0),
-        folder.work / "reading.pt",
-        run,
-        progress=None if progress is None else lambda _, done, of: progress("learning to be read", done, of),
-        save_seconds=save_seconds,
-    ).losses
+    )
     config = eyes_config(language.config, tokenizer.convert_tokens_to_ids(token))
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
@@ -236,20 +260,34 @@ def train_eyes(
     lesson = Lesson(
         speller, speech.words(reader.embedding).detach().to(reader.embedding.dtype), speech.empty().detach()
     )
-    lower = eyes.lower()
-    spelled = stage("letters", painter, lower, course.letters, partial(lesson.letters_loss, eyes))
-    eyes.requires_grad_(False)  # the lower layers' gradients are most of a step's work
+    lettered = pictured("letters", painter, eyes.reading_letters(), course.letters, lesson.letters_loss)
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         look_along_rows(eyes, lesson.pixels([drawn(painter, "gaze", number) for number in range(_GAZED)]))
-    # what looks along rows stays as it is until words are known: it would be unlearned before it is of use
-    looking = {id(value) for layer in eyes.looking() for value in layer.parameters()}
-    upper = {name: value for name, value in eyes.named_parameters() if name not in lower and id(value) not in looking}
-    for parameter in upper.values():
+    spelled = pictured("to spell", drill, eyes.reading_windows(), course.spelling, lesson.spelling_loss)
+    eyes.requires_grad_(False)
+    for parameter in eyes.saying().values():
         parameter.requires_grad_(True)
-    worded = stage("words", drill, upper, course.words, partial(lesson.loss, eyes))
-    eyes.requires_grad_(True)
-    learned = stage("to read", drill, dict(eyes.named_parameters()), course.steps, partial(lesson.loss, eyes))
+
+    @cache
+    def kept() -> Kept:
+        return lesson.kept(
+            eyes,
+            (drawn(drill, f"{course.seed} words", number) for number in range(course.words * course.batch)),
+            None if progress is None else lambda done: progress("looking", done, course.words * course.batch),
+        )
+
+    worded = learn(
+        "words",
+        [(eyes.saying(), course.rate)],
+        course.words * course.batch * _KEPT,
+        lambda numbers: lesson.words_loss(eyes, kept(), torch.tensor(numbers)),
+        replace(course.recipe, batch=_WORDS_A_STEP, epochs=_WORDS_AGAIN),
+    )
+    kept.cache_clear()
+    learned = pictured(
+        "to read", drill, dict(eyes.named_parameters()), course.steps, lesson.loss, course.rate * _LAST_RATE
+    )
     held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
     said = lesson.said(eyes, [drawn(held_out, f"{course.seed} held out", number) for number in range(_CHECKED)])
     card = EyesCard(
@@ -262,7 +300,7 @@ def train_eyes(
         list_font=painter.list_font.stem,
         texts=len(painter.phrases.texts),
         words=len(painter.phrases.words),
-        losses=(rehearsed, spelled, worded, learned),
+        losses=(rehearsed, lettered, spelled, worded, learned),
         said=said,
         versions=device_and_versions(torch.bfloat16, device),
     )
@@ -276,12 +314,12 @@ def painter_of(
     tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False, drill: bool = False
 ) -> Painter:
     """What draws pictures of the words to learn from, or of the held-out texts' alone (single words where there are
-    none). drill: mostly of single words, the rare ones as often as the others."""
+    none). drill: mostly of single words, rare ones too."""
     words = words_of(tokenizer)
     if held_out:
         phrases = Phrases.of(texts.held_out, words, 0.0)
     elif drill:
-        phrases = Phrases.of(texts.train, words_to_drill(words, texts.train), 0.6, 1.0)
+        phrases = Phrases.of(texts.train, words_to_drill(words, texts.train), 0.6, 1.5)
     else:
         phrases = Phrases.of(texts.train, words)
     return Painter(fonts, letter_font(fonts), phrases, SHRUNK, lists)
@@ -380,6 +418,14 @@ class Reader:
         return self.embedding[torch.tensor(ids, device=self.embedding.device)]
 
 
+class Kept(NamedTuple):
+    """Of some patches: states before the last layer, [n, hidden], bf16; which patch of a picture; its token."""
+
+    states: Tensor
+    patch: Tensor
+    tokens: Tensor
+
+
 class Lesson:
     """What eyes are asked. embedding: what is said for each token, [vocabulary, hidden]. empty: [patches, hidden]."""
 
@@ -404,25 +450,61 @@ class Lesson:
 
     def letters_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the letters in each patch, and of where it is."""
-        seen = eyes.in_bf16(self.pixels(pictures), only_letters=True)
+        seen = eyes.in_bf16(Eyes.see, self.pixels(pictures), LETTERS_AFTER)
         at = torch.arange(SIDE * SIDE, device=self.empty.device).repeat(len(pictures))
         rows, columns = seen.places.flatten(0, 1).float().split(SIDE, dim=-1)
         place = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE)
         return _spelling(seen.letters, self._asked(pictures).letters) + _PLACES * place
 
+    def spelling_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
+        """Of the letters in each patch, and of those around where a word begins in it."""
+        seen, asked = eyes.in_bf16(Eyes.see, self.pixels(pictures), WINDOWS_AFTER), self._asked(pictures)
+        return _spelling(seen.letters, asked.letters) + _spelling(seen.windows, asked.windows)
+
+    @torch.no_grad()
+    def kept(self, eyes: Eyes, pictures: Iterable[Picture], told: Callable[[int], None] | None = None) -> Kept:
+        """Of each picture `_KEPT` patches' states before the last layer: where tokens begin, and some others."""
+        parts, done = [], 0
+        while some := list(itertools.islice(pictures := iter(pictures), _SEEN_TOGETHER)):
+            states = eyes.in_bf16(Eyes.see, self.pixels(some), WINDOWS_AFTER).states
+            tokens = self._asked(some).tokens
+            generator = torch.Generator().manual_seed(done)
+            # the first `_KEPT` of an order at random: tokens, as many as may be, before the empty ones
+            order = torch.rand(tokens.shape, generator=generator).to(tokens.device) + (tokens == EMPTY)
+            first = order.argsort(1)
+            spoken = (tokens != EMPTY).sum(1, keepdim=True).clamp_max(_KEPT_TOKENS)
+            nth = torch.arange(_KEPT, device=tokens.device)
+            empties = (tokens != EMPTY).sum(1, keepdim=True) - spoken
+            patch = first.gather(1, nth + torch.where(nth >= spoken, empties, 0))
+            image = torch.arange(len(some), device=tokens.device)[:, None]
+            parts.append(Kept(states[image, patch].flatten(0, 1), patch.flatten(), tokens[image, patch].flatten()))
+            done += len(some)
+            if told is not None:
+                told(done)
+        return Kept(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def words_loss(self, eyes: Eyes, kept: Kept, numbers: Tensor) -> Tensor:
+        """Of the tokens that kept patches say."""
+        states, patch, tokens = (values[numbers.to(values.device)] for values in kept)
+        return self._choice(eyes.in_bf16(Eyes.say, states), patch, tokens)
+
     def loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
-        """Of the token that each patch says, of its vector, and of its letters."""
-        tokens, letters = self._asked(pictures)
-        vectors, named, _ = eyes.in_bf16(self.pixels(pictures))
+        """Of the token that each patch says, of its vector, and of all letters."""
+        tokens, letters, windows = self._asked(pictures)
+        seen = eyes.in_bf16(Eyes.see, self.pixels(pictures), len(eyes.layers))
         spoken = tokens != EMPTY
         # a few of the many empty patches, so that most of the work is about words
         share = _EMPTY_SHARE * float(spoken.sum()) / max(1, int((~spoken).sum()))
         chosen = spoken | (torch.rand(tokens.shape).to(tokens.device) < share)
         image, patch = chosen.nonzero(as_tuple=True)
-        said, target = vectors[image, patch], tokens[image, patch]
-        others = torch.randint(len(self.vocabulary), (_OTHERS,)).to(tokens.device)
+        said = self._choice(seen.vectors[image, patch], patch, tokens[image, patch])
+        return said + _spelling(seen.letters, letters) + _spelling(seen.windows, windows)
+
+    def _choice(self, said: Tensor, patch: Tensor, target: Tensor) -> Tensor:
+        """Loss of what patches say, [patches, hidden], where `target` is right: choice among vectors and distance."""
+        others = torch.randint(len(self.vocabulary), (_OTHERS,)).to(target.device)
         candidates, places = torch.unique(
-            torch.cat([target.clamp_min(0), self.vocabulary[others], self._alike(tokens[spoken])]),
+            torch.cat([target.clamp_min(0), self.vocabulary[others], self._alike(target[target != EMPTY])]),
             return_inverse=True,
         )
         scores = self._scores(said, self.empty[patch], self.embedding[candidates])
@@ -431,7 +513,7 @@ class Lesson:
             (target == EMPTY)[:, None], self.empty[patch], self.embedding[target.clamp_min(0)].float()
         )
         distance = (said.float() - exact).square().sum(-1).mean() / 2
-        return F.cross_entropy(scores, right) + _NEARNESS * distance + _spelling(named, letters)
+        return F.cross_entropy(scores, right) + _NEARNESS * distance
 
     def _alike(self, tokens: Tensor) -> Tensor:
         """Of each token some that begin with the same letters."""
@@ -445,8 +527,8 @@ class Lesson:
         right, all = 0, 0
         for first in range(0, len(pictures), 8):
             some = pictures[first : first + 8]
-            tokens, _ = self._asked(some)
-            vectors = eyes.in_bf16(self.pixels(some)).vectors
+            tokens = self._asked(some).tokens
+            vectors = eyes.in_bf16(Eyes.see, self.pixels(some), len(eyes.layers)).vectors
             image, patch = (tokens != EMPTY).nonzero(as_tuple=True)
             scores = self._scores(vectors[image, patch], self.empty[patch], self.embedding[self.vocabulary])
             found = scores.argmax(-1)
@@ -460,10 +542,9 @@ class Lesson:
         return pixels_of([picture.image for picture in pictures]).to(self.empty.device)
 
     def _asked(self, pictures: Sequence[Picture]) -> Wanted:
-        """Of all pictures, [images, patches] and [images, patches, LETTERS]."""
+        """Of all pictures, with their number as the first dimension."""
         asked = [wanted(picture, self.speller) for picture in pictures]
-        tokens = torch.stack([item.tokens for item in asked]).to(self.empty.device)
-        return Wanted(tokens, torch.stack([item.letters for item in asked]).to(self.empty.device))
+        return Wanted(*(torch.stack(values).to(self.empty.device) for values in zip(*asked, strict=True)))
 
     def _scores(self, said: Tensor, empty: Tensor, known: Tensor) -> Tensor:
         """Which vector was meant: log-probabilities but for a constant, [patches, 1 + known], the empty one first.
@@ -479,7 +560,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spelling(named: Tensor, letters: Tensor) -> Tensor:
-    """named: [images, patches, LETTERS, 95]. letters: [images, patches, LETTERS]."""
+    """named: [images, patches, n, 95]. letters: [images, patches, n]. That there is none is a letter, too, and as
+    important in a patch with letters as any."""
     loss = F.cross_entropy(named.flatten(0, 2).float(), letters.flatten(), reduction="none")
-    weight = torch.where(letters.flatten() > 0, 1.0, _BLANK_PATCH)
+    weight = torch.where((letters > 0).any(2, keepdim=True), 1.0, _BLANK_PATCH).expand(letters.shape).flatten()
     return (loss * weight).sum() / weight.sum()

@@ -28,15 +28,18 @@ def eyes(
             "--fonts", exists=True, file_okay=False, help="Folder of fonts; repeatable. (default: matplotlib's)"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of all together, at last.")] = 3000,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of all together, at last.")] = 3300,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
     reading: Annotated[
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
-    ] = 40,
-    words: Annotated[int, typer.Option("--words", min=1, help="Steps of the upper layers, on words.")] = 1500,
-    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.6,
-    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 700,
+    ] = 240,
+    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
+    spelling: Annotated[int, typer.Option("--spelling", min=1, help="Steps of the next one, on whole words.")] = 1400,
+    words: Annotated[
+        int, typer.Option("--words", min=1, help="Steps' pictures whose words the last layer learns by heart.")
+    ] = 4000,
+    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.8,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")
@@ -84,9 +87,7 @@ def eyes(
         raise BadInput("--out says where the eyes go; with --evaluate none is needed")
     if pictures is not None:
         raise BadInput("--pictures goes with --evaluate")
-    course = Course(
-        steps=steps, batch=batch, rate=rate, reading=reading, letters=letters, words=words, lists=lists, seed=seed
-    )
+    course = Course(steps, batch, rate, reading, letters, spelling, words, lists, seed)
     with telling(console) as told:
         card = train_eyes(
             base, out, texts=texts, fonts=files, course=course, device=torch_device(device), progress=told

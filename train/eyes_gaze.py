@@ -1,4 +1,4 @@
-"""Where the heads of a tower's upper layers look before they learn: at the patches beside, in the same row.
+"""Where the heads of the layer above the letters look before they learn: at the patches beside, in the same row.
 
 Left to chance they would have to find out first that words run from left to right.
 """
@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eyes_model import SIDE, Eyes
+from .eyes_model import LETTERS_AFTER, SIDE, Eyes
 
-# By layer above the letters, for each head: how many patches further on it looks.
-GAZES = ((1, 2, 3, 4), (5, 6, 7, -1))
+GAZES = (1, 2, 3, 4, 5, 6, 7, 8, -1, -2)  # for each head: how many patches further on it looks
 _SHARPNESS = 25.0  # of queries and keys; a patch looked at gets all of a head's attention
-_CODE = 32  # numbers in which a head brings what names the letters there
+_CODE = 24  # numbers in which a head brings what names the letters there
 _GAIN = 3.0  # of these: about half of what a patch's state has of its own
 _PENALTY = 1e-3
 
@@ -23,38 +22,36 @@ _PENALTY = 1e-3
 def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
     """Set queries and keys so that each head looks as `GAZES` says (at its own patch, where the row ends), values so
     that it brings what names the letters there, and outputs so that each head writes where states hardly differ
-    otherwise: what eight patches say has to stand in one state side by side.
+    otherwise: what eleven patches say has to stand in one state side by side. The last layer looks nowhere yet.
 
     pixels: [images, 3, height, width] of some pictures. What a patch's state says about its row and column is read by
     ridge regression.
     """
     weight = eyes.letters.weight
     letters = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[:_CODE]
-    states = eyes.vision_tower.embeddings(pixels)
-    layers = eyes.vision_tower.encoder.layers
-    lower, upper = layers[: -len(GAZES)], layers[-len(GAZES) :]
-    for layer in lower:
-        states = layer(states, None)
-    for layer, gazes in zip(upper, GAZES, strict=True):
-        attention = layer.self_attn
-        normed = layer.layer_norm1(states).flatten(0, 1)
-        place, offset = _places(normed, len(pixels))
-        spare = torch.linalg.eigh(torch.cov(states.flatten(0, 1).t())).eigenvectors  # least variance first
-        for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
-            part.weight.zero_()
-            part.bias.zero_()
-        for head, further in enumerate(gazes):
-            first = head * attention.head_dim
-            rows, code = slice(first, first + 2 * SIDE), slice(first, first + _CODE)
-            moved = _moved(further).to(place)
-            attention.q_proj.weight[rows] = _SHARPNESS * moved @ place
-            attention.q_proj.bias[rows] = _SHARPNESS * moved @ offset
-            attention.k_proj.weight[rows] = _SHARPNESS * place
-            attention.k_proj.bias[rows] = _SHARPNESS * offset
-            attention.v_proj.weight[code] = letters
-            attention.v_proj.bias[code] = -(letters @ normed.mean(0))
-            attention.out_proj.weight[:, code] = _GAIN * spare[:, head * _CODE : (head + 1) * _CODE]
-        states = layer(states, None)
+    states = eyes.see(pixels, LETTERS_AFTER).states
+    layer = eyes.layers[LETTERS_AFTER]
+    attention = layer.self_attn
+    normed = layer.layer_norm1(states).flatten(0, 1)
+    place, offset = _places(normed, len(pixels))
+    spare = torch.linalg.eigh(torch.cov(states.flatten(0, 1).t())).eigenvectors  # least variance first
+    for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
+        part.weight.zero_()
+        part.bias.zero_()
+    for head, further in enumerate(GAZES):
+        first = head * attention.head_dim
+        rows, code = slice(first, first + 2 * SIDE), slice(first, first + _CODE)
+        moved = _moved(further).to(place)
+        attention.q_proj.weight[rows] = _SHARPNESS * moved @ place
+        attention.q_proj.bias[rows] = _SHARPNESS * moved @ offset
+        attention.k_proj.weight[rows] = _SHARPNESS * place
+        attention.k_proj.bias[rows] = _SHARPNESS * offset
+        attention.v_proj.weight[code] = letters
+        attention.v_proj.bias[code] = -(letters @ normed.mean(0))
+        attention.out_proj.weight[:, code] = _GAIN * spare[:, head * _CODE : (head + 1) * _CODE]
+    outputs = eyes.layers[-1].self_attn.out_proj
+    outputs.weight.zero_()
+    outputs.bias.zero_()
 
 
 def _places(states: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ PIXELS = 240
 SHRUNK = 253
 MARGIN = 6
 LETTERS = 3  # a patch is asked for so many of the characters whose middle is in it
+WINDOW = 15  # and for so many around where a word begins in it,
+BEFORE = 3  # these before that
 FIRST_LETTER = 32  # " " stands for none
 LETTER_COUNT = 95
 EYES_FILE = "eyes.safetensors"
-TRAINING_ONLY = ("letters.", "places.")  # how parameters begin that no checkpoint has
+TRAINING_ONLY = ("letters.", "places.", "windows.")  # how parameters begin that no checkpoint has
 _PLACE_SIZE = 12.0
 # What a file of eyes says of their configuration
 _TOWER = (
@@ -50,16 +52,19 @@ _TOWER = (
     "vision_use_head",
 )
 _CONFIG = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
-_LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are read
+LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are read
+WINDOWS_AFTER = 4
+
+T = TypeVar("T")
 
 
 def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
-    """LLaVA with eyes of 7.5 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
+    """LLaVA with eyes of 7.7 M parameters: 240 x 240 pixels, 100 patches, no class token, no pooling head."""
     vision = SiglipVisionConfig(
-        hidden_size=256,
-        intermediate_size=2048,  # the upper layers have to remember a vocabulary
+        hidden_size=320,
+        intermediate_size=1408,
         num_hidden_layers=5,
-        num_attention_heads=4,
+        num_attention_heads=10,  # one for each patch of a row that the layer above the letters has to look at
         image_size=PIXELS,
         patch_size=PIXELS // SIDE,
         hidden_act="gelu",  # the exact one: its gradient takes a third of the tanh form's time on a CPU
@@ -91,12 +96,15 @@ class _Patches(nn.Conv2d):
 
 
 class Seen(NamedTuple):
-    """vectors: [images, patches, hidden], empty where only the lower layers ran. letters: [images, patches, LETTERS,
-    95]. places: [images, patches, 2 * SIDE], for a patch's row, then its column."""
+    """states: [images, patches, hidden], after the last layer that ran. letters: [images, patches, LETTERS, 95].
+    places: [images, patches, 2 * SIDE], for a patch's row, then its column. windows: [images, patches, WINDOW, 95].
+    vectors: [images, patches, hidden of the language model]. The last two are empty where too few layers ran."""
 
-    vectors: Tensor
+    states: Tensor
     letters: Tensor
     places: Tensor
+    windows: Tensor
+    vectors: Tensor
 
 
 class Eyes(nn.Module):
@@ -123,40 +131,55 @@ class Eyes(nn.Module):
         self.vision_tower.embeddings.position_embedding.weight.data = codes[at // SIDE] + codes[SIDE + at % SIDE]
         self.letters = nn.Linear(hidden, LETTERS * LETTER_COUNT)
         self.places = nn.Linear(hidden, 2 * SIDE)
+        self.windows = nn.Linear(hidden, WINDOW * LETTER_COUNT)
 
-    def forward(self, pixels: Tensor, only_letters: bool = False) -> Seen:
-        """What is seen on [images, 3, height, width]; only_letters: by the lower layers alone."""
-        if only_letters:
-            state = self.vision_tower.embeddings(pixels)
-            for layer in self._lower_layers():
-                state = layer(state, None)
-            return self._seen(state.new_empty(0), state)
-        states = self.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        return self._seen(self.multi_modal_projector(states[-1]), states[_LETTERS_AFTER])
+    @property
+    def layers(self) -> Any:
+        return self.vision_tower.encoder.layers
 
-    def in_bf16(self, pixels: Tensor, only_letters: bool = False) -> Seen:
-        """`forward` in bf16, whose gradients reach the fp32 parameters."""
+    def forward(self, method: Callable[..., T], *inputs: Any) -> T:
+        return method(self, *inputs)
+
+    def in_bf16(self, method: Callable[..., T], *inputs: Any) -> T:
+        """`see` or `say` with parameters in bf16, whose gradients reach those in fp32."""
         parameters = {name: value.bfloat16() for name, value in self.named_parameters()}
-        found: Seen = torch.func.functional_call(self, parameters, (pixels.bfloat16(), only_letters))
+        found: T = torch.func.functional_call(self, parameters, (method, *inputs))
         return found
 
-    def lower(self) -> dict[str, nn.Parameter]:
-        """The parameters that the letters depend on."""
-        parts = (self.vision_tower.embeddings, *self._lower_layers(), self.letters, self.places)
+    def see(self, pixels: Tensor, layers: int) -> Seen:
+        """What so many layers make of [images, 3, height, width]; LETTERS_AFTER at least."""
+        states = self.vision_tower.embeddings(pixels)
+        for layer in self.layers[:LETTERS_AFTER]:
+            states = layer(states, None)
+        letters = self.letters(states).unflatten(-1, (LETTERS, LETTER_COUNT))
+        places, windows, vectors = self.places(states), states.new_empty(0), states.new_empty(0)
+        for number in range(LETTERS_AFTER, layers):
+            states = self.layers[number](states, None)
+            if number + 1 == WINDOWS_AFTER:
+                windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
+        if layers == len(self.layers):
+            vectors = self.multi_modal_projector(states)
+        return Seen(states, letters, places, windows, vectors)
+
+    def say(self, states: Tensor) -> Tensor:
+        """The vectors of single patches, [patches, hidden] each, by the projector and the last layer without its
+        attention, from the states before that."""
+        last = self.layers[-1]
+        vectors: Tensor = self.multi_modal_projector(states + last.mlp(last.layer_norm2(states)))
+        return vectors
+
+    def reading_letters(self) -> dict[str, nn.Parameter]:
+        return self._named(self.vision_tower.embeddings, *self.layers[:LETTERS_AFTER], self.letters, self.places)
+
+    def reading_windows(self) -> dict[str, nn.Parameter]:
+        return self.reading_letters() | self._named(*self.layers[LETTERS_AFTER:WINDOWS_AFTER], self.windows)
+
+    def saying(self) -> dict[str, nn.Parameter]:
+        return self._named(self.layers[-1].layer_norm2, self.layers[-1].mlp, self.multi_modal_projector)
+
+    def _named(self, *parts: nn.Module) -> dict[str, nn.Parameter]:
         chosen = {id(value) for part in parts for value in part.parameters()}
         return {name: value for name, value in self.named_parameters() if id(value) in chosen}
-
-    def looking(self) -> list[nn.Module]:
-        """The attention of the layers above those, and what is before it."""
-        upper = self.vision_tower.encoder.layers[_LETTERS_AFTER:]
-        return [part for layer in upper for part in (layer.layer_norm1, layer.self_attn)]
-
-    def _lower_layers(self) -> Any:
-        return self.vision_tower.encoder.layers[:_LETTERS_AFTER]
-
-    def _seen(self, vectors: Tensor, states: Tensor) -> Seen:
-        letters: Tensor = self.letters(states)
-        return Seen(vectors, letters.unflatten(-1, (LETTERS, LETTER_COUNT)), self.places(states))
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,51 +10,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .eyes_model import FIRST_LETTER, LETTERS, SIDE, patch_at
-from .pictures import Line, Picture
+from .eyes_model import BEFORE, FIRST_LETTER, LETTERS, SIDE, WINDOW, patch_at
+from .pictures import Picture
 
 EMPTY = -1
 
 
 class Wanted(NamedTuple):
-    """tokens: [patches] int64, EMPTY for none. letters: [patches, LETTERS] int64, 0 for none."""
+    """tokens: [patches] int64, EMPTY for none. letters: [patches, LETTERS] int64, 0 for none. windows: [patches,
+    WINDOW], the letters of a word around where it begins in the patch, or where the patch does in the word."""
 
     tokens: Tensor
     letters: Tensor
+    windows: Tensor
 
 
 @dataclass(frozen=True)
 class Speller:
-    """How texts are said. tokenizer: a `tokenizers.Tokenizer`. whole: words that are said by their own token; of any
-    other word each patch says the letters in it. Eyes can learn a thousand words by heart, not a vocabulary."""
+    """How texts are said: word by word, in the tokens that the language model knows them by. tokenizer: a
+    `tokenizers.Tokenizer`."""
 
     tokenizer: Any
-    whole: frozenset[str] = frozenset()
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
-    def spelled(self, line: Line, columns: Sequence[int]) -> tuple[list[int], list[int]]:
-        """A line's tokens, and which character of it each begins with. columns: of each character's patch."""
+    def spelled(self, line: str) -> tuple[list[int], list[int]]:
+        """A line's tokens, and which character of it each begins with."""
         ids: list[int] = []
         starts: list[int] = []
-        for found in re.finditer(r"\S+", line.text):
-            word, first = found.group(), found.start()
-            for begin, end in self._pieces(word, columns[first : first + len(word)]):
-                # digits are tokens of their own: a blank before one would be one more
-                blank = " " if begin == 0 and not word[0].isdigit() else ""
-                tokens = self.ids(blank + word[begin:end])
-                ids += tokens
-                starts += [first + begin] * len(tokens)
+        for found in re.finditer(r"\S+", line):
+            # digits are tokens of their own: a blank before one would be one more
+            blank = "" if found.group()[0].isdigit() else " "
+            encoded = self.tokenizer.encode(blank + found.group(), add_special_tokens=False)
+            ids += encoded.ids
+            starts += [found.start() + max(0, begin - len(blank)) for begin, _ in encoded.offsets]
         return ids, starts
-
-    def _pieces(self, word: str, columns: Sequence[int]) -> list[tuple[int, int]]:
-        bare = len(re.match("[A-Za-z]*", word)[0])  # type: ignore[index]
-        if word[:bare].lower() in self.whole and word[1:bare] == word[1:bare].lower():
-            return [(0, bare), (bare, len(word))] if bare < len(word) else [(0, bare)]
-        changes = [place for place in range(1, len(word)) if columns[place] != columns[place - 1]]
-        return list(itertools.pairwise([0, *changes, len(word)]))
 
 
 def wanted(picture: Picture, speller: Speller) -> Wanted:
@@ -64,6 +55,7 @@ def wanted(picture: Picture, speller: Speller) -> Wanted:
     """
     tokens = [EMPTY] * (SIDE * SIDE)
     letters = [[0] * LETTERS for _ in tokens]
+    windows = [[0] * WINDOW for _ in tokens]
     if picture.caption:
         ids = speller.ids(f" {picture.caption}")[: len(tokens)]
         tokens[: len(ids)] = ids
@@ -74,16 +66,26 @@ def wanted(picture: Picture, speller: Speller) -> Wanted:
             continue
         used.add(row)
         columns = [patch_at(x) for x in line.xs]
-        ids, starts = speller.spelled(line, columns)
+        ids, starts = speller.spelled(line.text)
         for place, token in zip(_spread([columns[start] for start in starts]), ids, strict=False):
             tokens[row * SIDE + place] = token
-        taken: dict[int, int] = {}
-        for column, mark in zip(columns, line.text, strict=True):
-            number = taken.get(column, 0)
-            if mark != " " and number < LETTERS:
-                letters[row * SIDE + column][number] = ord(mark) - FIRST_LETTER
-                taken[column] = number + 1
-    return Wanted(torch.tensor(tokens), torch.tensor(letters))
+        inside: dict[int, list[int]] = {}  # by patch, which characters are in it
+        for place, column in enumerate(columns):
+            if line.text[place] != " ":
+                inside.setdefault(column, []).append(place)
+        for column, places in inside.items():
+            some = [ord(line.text[place]) - FIRST_LETTER for place in places[:LETTERS]]
+            letters[row * SIDE + column][: len(some)] = some
+            begins = [place for place in places if place == 0 or line.text[place - 1] == " "]
+            windows[row * SIDE + column] = _window(line.text, begins[-1] if begins else places[0])
+    return Wanted(torch.tensor(tokens), torch.tensor(letters), torch.tensor(windows))
+
+
+def _window(text: str, place: int) -> list[int]:
+    """The letters of a word before and from a place in it, 0 beyond its ends."""
+    first, end = text.rfind(" ", 0, place) + 1, text.find(" ", place) % (len(text) + 1)
+    places = range(place - BEFORE, place - BEFORE + WINDOW)
+    return [ord(text[at]) - FIRST_LETTER if first <= at < end else 0 for at in places]
 
 
 def _spread(columns: Sequence[int]) -> list[int]:

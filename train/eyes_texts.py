@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,6 @@ from ..engine.errors import BadInput
 from .rows import DataMissing
 
 HELD_OUT = 10  # one of so many
-_DRILLED = 8000  # of the vocabulary's words
-_WHOLE = 1000
-_AGAIN = 3  # times a word has to stand in the texts to be drilled
 _FIELDS = ("response", "text")
 
 
@@ -80,19 +76,6 @@ def words_of(tokenizer: Any) -> tuple[str, ...]:
 
 
 def words_to_drill(vocabulary: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
-    """The vocabulary's more usual words, and those that the texts have a few times, each once."""
-    counts = _counted(texts)
-    again = sorted(word for word, count in counts.items() if count >= _AGAIN)
-    return tuple(dict.fromkeys([*vocabulary[:_DRILLED], *again]))
-
-
-def whole_words(tokenizer: Any, vocabulary: Sequence[str], texts: Sequence[str]) -> frozenset[str]:
-    """The most usual words of the texts that are one token each, or of the vocabulary where there are no texts."""
-    usual = [word for word, _ in _counted(texts).most_common() if word.isascii() and word.isalpha()] or vocabulary
-    encode = tokenizer.backend_tokenizer.encode
-    single = (word for word in usual if len(encode(f" {word}", add_special_tokens=False).ids) == 1)
-    return frozenset(itertools.islice(single, _WHOLE))
-
-
-def _counted(texts: Sequence[str]) -> Counter[str]:
-    return Counter(word.lower().strip(".,;:!?()\"'") for text in texts for word in text.split())
+    """Those of the texts, the most usual first, and then the vocabulary's, each once."""
+    counts = Counter(word.lower().strip(".,;:!?()\"'") for text in texts for word in text.split())
+    return tuple(dict.fromkeys([*(word for word, _ in counts.most_common()), *vocabulary]))

@@ -161,7 +161,7 @@ class Painter:
         """Any font and place, one to ten lines on a square or nearly square page."""
         width = rng.randint(250, 340)
         height = round(width * rng.uniform(0.8, 1.25))
-        size = rng.randint(18, 31)
+        size = rng.randint(22, 31)
         characters = max(6, int(width * 0.92 / (size * 0.55)))
         most = max(1, min(_MOST_LINES, int(height * 0.95 / max(size * 1.2, height / _MOST_LINES))))
         fitting = max(2, most * characters // 5)

@@ -28,9 +28,12 @@ from stockade.engine.prepare import encode
 from stockade.train.eyes import Course, Lesson, drawn, exercise, painter_of, train_eyes
 from stockade.train.eyes_gaze import GAZES, look_along_rows
 from stockade.train.eyes_model import (
+    BEFORE,
     EYES_FILE,
+    LETTERS_AFTER,
     PIXELS,
     SIDE,
+    WINDOWS_AFTER,
     Eyes,
     eyes_config,
     image_token,
@@ -39,9 +42,9 @@ from stockade.train.eyes_model import (
 )
 from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
 from stockade.train.eyes_targets import EMPTY, Speller, wanted
-from stockade.train.eyes_texts import Texts, read_texts, whole_words
+from stockade.train.eyes_texts import Texts, read_texts, words_to_drill
 from stockade.train.loop import AnotherRun
-from stockade.train.pictures import OTHERS, Line, Painter, Picture, default_fonts, usable_fonts
+from stockade.train.pictures import OTHERS, Painter, Picture, default_fonts, usable_fonts
 from stockade.train.rows import DataMissing
 
 FONTS = default_fonts()[:2]
@@ -50,7 +53,7 @@ TEXTS = Texts(
     ("a new text of some words",),
     (("What is quick?", "1. the brown fox"), ("And the dog?", "lazy")),
 )
-QUICK = Course(steps=3, batch=2, reading=2, letters=2, words=2)
+QUICK = Course(steps=3, batch=2, reading=2, letters=2, spelling=2, words=2)
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +101,42 @@ def test_tokens_stand_where_they_begin_and_nothing_is_lost() -> None:
     assert tokenizer.decode([int(token) for token in caption.tokens if token != EMPTY]) == " no"
 
 
-def test_usual_words_are_said_whole_and_others_patch_by_patch() -> None:
-    speller = Speller(byte_tokenizer(320).backend_tokenizer, frozenset({"the"}))
-    columns = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, 6]
-    line = Line("The fox. 12!", 0.5, tuple(range(12)))
-    ids, starts = speller.spelled(line, columns)
+def test_words_are_said_in_the_tokens_that_the_model_knows_them_by() -> None:
+    tokenizer = byte_tokenizer(320).backend_tokenizer
+    ids, starts = Speller(tokenizer).spelled("The fox.  12!")
     said: dict[int, list[int]] = {}
     for id, start in zip(ids, starts, strict=True):
         said.setdefault(start, []).append(id)
-    texts = {start: speller.tokenizer.decode(some) for start, some in said.items()}
-    assert texts == {0: " The", 4: " f", 5: "ox", 7: ".", 9: "12", 11: "!"}
-    assert speller.spelled(line._replace(text="tHE"), columns)[1].count(0) < len(" tHE")  # the word is another
-    assert (
-        whole_words(byte_tokenizer(320), ("b", "a"), ()) == frozenset()
-    )  # with the blank before it, each is two tokens
+    assert {start: tokenizer.decode(some) for start, some in said.items()}[10] == "12"[:1]  # no blank before digits
+    assert tokenizer.decode(ids) == " The fox.12!"
+    assert starts == sorted(starts)
+    assert [
+        id for word in (" The", " fox.", "12!") for id in tokenizer.encode(word, add_special_tokens=False).ids
+    ] == ids
+
+
+def test_a_patch_is_asked_for_the_word_that_begins_in_it_or_goes_on(painter: Painter) -> None:
+    picture = painter._text(["ab nose"], FONTS[0], 50, (400, 400), 20, 30, 40, "page")
+    asked = wanted(picture, Speller(byte_tokenizer(320).backend_tokenizer))
+    line = picture.lines[0]
+    columns = [patch_at(x) for x in line.xs]
+    rows = asked.windows.view(SIDE, SIDE, -1)
+    row = rows[patch_at(line.y)]
+
+    def letters(column: int) -> str:
+        return "".join(chr(32 + int(letter)) if letter else "_" for letter in row[column])
+
+    assert letters(columns[0])[BEFORE:].rstrip("_") == "ab"
+    assert letters(columns[3]) == "___nose________"
+    last = next(place for place in range(4, 7) if columns[place] == columns[6] != columns[3])
+    assert letters(columns[6])[BEFORE:].rstrip("_") == "nose"[last - 3 :]
+    assert letters(columns[6])[:BEFORE] == "___nose"[last - 3 : last]
+    inside = asked.letters.any(1)
+    assert (asked.windows.any(1) == inside).all()
+
+
+def test_words_of_texts_are_drilled_before_the_vocabulary() -> None:
+    assert words_to_drill(("so", "fox"), ("a fox, a dog", "The fox")) == ("a", "fox", "dog", "the", "so")
 
 
 def test_a_row_with_more_tokens_than_patches_keeps_the_first(painter: Painter) -> None:
@@ -125,7 +150,7 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
 ) -> None:
     base = checkpoint("llama-mha-tied")
     card = train_eyes(base, tmp_path / "whole", texts=TEXTS, fonts=FONTS, course=QUICK)
-    assert [len(losses) for losses in card.losses] == [2, 2, 2, 3]
+    assert [len(losses) for losses in card.losses] == [2, 2, 2, 8, 3]
     assert card.parameters < 8_000_000
     assert (tmp_path / "whole" / EYES_FILE).stat().st_size < 16 << 20
 
@@ -189,7 +214,49 @@ def test_a_lesson_is_learned(painter: Painter) -> None:
     assert losses[-1] < 0.7 * losses[0]
     lesson.letters_loss(eyes, pictures).backward()
     assert all(value.grad is not None for name, value in eyes.named_parameters() if "post_layernorm" not in name)
+    for parameters, loss in (
+        (eyes.reading_letters(), lesson.letters_loss),
+        (eyes.reading_windows(), lesson.spelling_loss),
+    ):
+        eyes.zero_grad()
+        loss(eyes, pictures).backward()
+        reached = {name for name, value in eyes.named_parameters() if value.grad is not None}
+        assert reached - {"places.weight", "places.bias"} == parameters.keys() - {"places.weight", "places.bias"}
     assert 0 <= lesson.said(eyes, pictures) <= 1
+
+
+def test_words_are_learned_from_states_that_are_kept(painter: Painter) -> None:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(320)
+    eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64).bfloat16(), torch.randn(SIDE**2, 64))
+    pictures = [drawn(painter, "0", number) for number in range(40)]
+    look_along_rows(eyes, lesson.pixels(pictures[:8]))
+    kept = lesson.kept(eyes, iter(pictures))
+    seen = eyes.in_bf16(Eyes.see, lesson.pixels(pictures), len(eyes.layers))
+    before = eyes.in_bf16(Eyes.see, lesson.pixels(pictures), WINDOWS_AFTER).states
+    each = len(kept.tokens) // len(pictures)
+    for number, picture in enumerate(pictures):
+        asked = wanted(picture, lesson.speller).tokens
+        of = slice(number * each, (number + 1) * each)
+        patch, tokens = kept.patch[of], kept.tokens[of]
+        assert len(set(patch.tolist())) == each
+        assert torch.equal(tokens, asked[patch])
+        spoken = int((asked != EMPTY).sum())
+        assert int((tokens != EMPTY).sum()) == min(spoken, each - 4) or spoken > SIDE * SIDE - 4
+        assert torch.allclose(kept.states[of].float(), before[number, patch].float(), atol=0.1)
+        # the last layer looks nowhere yet, so single patches say what whole pictures do
+        assert torch.allclose(
+            eyes.in_bf16(Eyes.say, before[number]).float(), seen.vectors[number].float(), atol=0.05, rtol=0.05
+        )
+    optimizer = torch.optim.Adam(eyes.saying().values(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        losses.append(lesson.words_loss(eyes, kept, torch.arange(200)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_every_word_is_told_from_words_that_begin_alike() -> None:
@@ -217,13 +284,11 @@ def test_heads_look_at_the_patches_beside() -> None:
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
     pixels = torch.rand(8, 3, PIXELS, PIXELS)
     look_along_rows(eyes, pixels)
-    first = len(eyes.vision_tower.encoder.layers) - len(GAZES)
     with torch.no_grad():
-        attention = eyes.vision_tower(pixel_values=pixels[:2], output_attentions=True).attentions
-    for layer, gazes in zip(attention[first:], GAZES, strict=True):  # [images, heads, patches, patches]
-        for head, further in enumerate(gazes):
-            at = torch.tensor([patch for patch in range(SIDE * SIDE) if 0 <= patch % SIDE + further < SIDE])
-            assert (layer[:, head, at, at + further] > 0.8).all()
+        attention = eyes.vision_tower(pixel_values=pixels[:2], output_attentions=True).attentions[LETTERS_AFTER]
+    for head, further in enumerate(GAZES):  # of [images, heads, patches, patches]
+        at = torch.tensor([patch for patch in range(SIDE * SIDE) if 0 <= patch % SIDE + further < SIDE])
+        assert (attention[:, head, at, at + further] > 0.8).all()
 
 
 def test_words_are_read_in_order_whatever_their_case() -> None:
