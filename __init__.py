@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         SelfJudge,
     )
     from .engine.images import ImageLimits
-    from .engine.models.loader import Attached, Classifier
+    from .engine.models.sources import Attached, Classifier
     from .engine.request import FinishReason, Outcome, PassRecord, Replaced, Reply, Verdict
     from .engine.running import Request
     from .engine.sampling import SamplingParams
@@ -59,10 +59,10 @@ __all__ = [
 
 _HOMES = {
     "AsyncEngine": "async_engine",
-    "Attached": "models.loader",
+    "Attached": "models.sources",
     "Cascade": "guards",
     "Chat": "chat",
-    "Classifier": "models.loader",
+    "Classifier": "models.sources",
     "Detoxify": "guards",
     "Engine": "engine",
     "EyesClosed": "guards",

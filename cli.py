@@ -421,8 +421,8 @@ def models(
     """
     from .console import plain_table, printable
     from .engine.guards.templates import TEMPLATES
-    from .engine.models.loader import BUNDLES, Attached
     from .engine.models.shapes import NAMED_SHAPES
+    from .engine.models.sources import BUNDLES, Attached
     from .engine.models.support import EXACT, Way, guard_rows, markdown, outlook, rows
 
     console = Console(highlight=False)

@@ -197,7 +197,7 @@ def _smol() -> Iterator[Fact]:
     from .engine.errors import CheckpointError
     from .engine.models.bundles import smol_gguf
     from .engine.models.heads import load_head
-    from .engine.models.loader import SMOL_DETECTOR
+    from .engine.models.sources import SMOL_DETECTOR
 
     try:
         smol_gguf()

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from ..engine.errors import BadInput, CheckpointMissing
 from ..engine.models.bundles import smol_folder
 from ..engine.models.decoder import DecoderConfig
-from ..engine.models.loader import BUNDLES
 from ..engine.models.shapes import named_config
+from ..engine.models.sources import BUNDLES
 from .roofline import VARIANTS, Eyes, Prediction, Setup, Shape
 
 

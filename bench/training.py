@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..engine.models.loader import BUNDLES
+from ..engine.models.sources import BUNDLES
 from ..train.backbone import adapt, open_backbone, trainable
 from ..train.batches import epoch_batches, padded
 from ..train.detector import HarmModel, LogitHead

@@ -18,8 +18,10 @@ from ..engine.errors import BadInput
 from ..engine.guards import Detoxify, EyesClosed, Guard, HarmHead, Probe, SelfJudge
 from ..engine.guards.prompts import detector_text
 from ..engine.guards.remedies import Mending
+from ..engine.models.backbones import check_without_weights
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec
-from ..engine.models.loader import Attached, ModelSet, check_without_weights, load_models
+from ..engine.models.loader import ModelSet, load_models
+from ..engine.models.sources import Attached
 from ..engine.passes import Answer, Decision, Handle, Loop, ModelTraits, ReleaseMode, Score
 from ..engine.request import Outcome, Reply
 from ..engine.sampling import SamplingParams

@@ -17,8 +17,8 @@ from PIL import Image
 from ..engine.engine import Engine
 from ..engine.errors import BadInput, CheckpointMissing
 from ..engine.models.bundles import smol_folder
-from ..engine.models.loader import BUNDLES, SMOL_DETECTOR
 from ..engine.models.shapes import NAMED_SHAPES
+from ..engine.models.sources import BUNDLES, SMOL_DETECTOR
 from ..engine.models.vision.adapter import VisionAdapter
 from .checkpoints import SMOL_LLAVA, save_classifier, save_shape, save_smol_llava
 from .published import Classifier, Probe, Scores, Speaker

@@ -23,8 +23,9 @@ from .images import ImageLimits
 from .kv_pages import PagePool
 from .models.eight_bits import weights_named
 from .models.heads import IN_CONTEXT
-from .models.loader import DetectorSource, ModelSet, Source, load_models
+from .models.loader import ModelSet, load_models
 from .models.model import Model
+from .models.sources import DetectorSource, Source
 from .outside import OutsideDetector
 from .passes import Decision, Generate, Loop, ModelTraits, Prompt, ReleaseMode
 from .prepare import check_characters

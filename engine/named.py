@@ -14,7 +14,7 @@ from .errors import BadInput, InvalidGuard
 if TYPE_CHECKING:
     from .engine import Engine
     from .guards import Guard
-    from .models.loader import DetectorSource, Source
+    from .models.sources import DetectorSource, Source
     from .outside import OutsideDetector
     from .passes import ReleaseMode
 
@@ -97,7 +97,7 @@ def release_named(name: str) -> ReleaseMode:
 
 def source_named(text: str) -> Source:
     """What loads under that name: ADAPTER,BASE as a pair; attach:ADAPTER on the model's own weights."""
-    from .models.loader import Attached
+    from .models.sources import Attached
 
     if text.startswith("attach:") and not Path(text).exists():
         return Attached(text.removeprefix("attach:"))
@@ -112,7 +112,7 @@ def detector_named(text: str) -> DetectorSource:
         return _of_chats(detector_named(text.removeprefix("chat:")), text)
     if not text.startswith("harm=") or Path(text).exists():
         return source_named(text)
-    from .models.loader import Attached, Classifier
+    from .models.sources import Attached, Classifier
 
     labels, colon, rest = text.removeprefix("harm=").partition(":")
     source = source_named(rest)
@@ -132,7 +132,7 @@ def device_named(text: str) -> str:
 
 
 def _of_chats(found: DetectorSource, text: str) -> DetectorSource:
-    from .models.loader import Attached, Classifier
+    from .models.sources import Attached, Classifier
 
     if isinstance(found, Attached):
         raise BadInput(f"{text!r}: an attached adapter has its template in its head; only classifiers are given one")

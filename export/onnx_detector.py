@@ -81,7 +81,9 @@ class OnnxDetector:
     @cached_property
     def codec(self) -> Codec:
         """Raises `CheckpointMissing` where the folder's tokenizer does not load."""
-        from ..engine.models.loader import load_tokenizer  # with `transformers`, which scoring tokens does not need
+        from ..engine.models.backbones import (
+            load_tokenizer,  # with `transformers`, which scoring tokens does not need
+        )
 
         return Codec(load_tokenizer(self.folder.path))
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..engine.errors import CheckpointMismatch, UnknownArchitecture
+from ..engine.models.backbones import load_tokenizer
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
 from ..engine.models.decoder import Decoder, DecoderConfig
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, load_head
-from ..engine.models.loader import BUNDLES, SMOL_DETECTOR, load_tokenizer
 from ..engine.models.shapes import NAMED_SHAPES, byte_tokenizer, named_config, random_tensor
+from ..engine.models.sources import BUNDLES, SMOL_DETECTOR
 from ..engine.models.weight_files import TensorSource
 
 DetectorSource: TypeAlias = str | Path | tuple[str | Path, str | Path]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..engine.errors import BadInput, CheckpointMismatch, CheckpointMissing, MissingExtra, UnknownArchitecture
+from ..engine.models.backbones import codec_of, is_tied, text_config
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import ContentHash, open_checkpoint
 from ..engine.models.decoder import Decoder
-from ..engine.models.loader import BUNDLES, codec_of, is_tied, text_config
+from ..engine.models.sources import BUNDLES
 from ..engine.text import Codec
 from .batches import padded
 from .frozen import Part

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..engine.errors import BadInput
 from ..engine.guards.cascade import Calibration, calibrate
-from ..engine.models.loader import BUNDLES, load_models
+from ..engine.models.loader import load_models
 from ..engine.models.model import Model
+from ..engine.models.sources import BUNDLES
 from .data import Example, Part, read_examples
 from .features import passage, pooled_states
 from .fit import auroc, threshold_at

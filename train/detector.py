@@ -20,7 +20,7 @@ from ..engine.errors import BadInput, StockadeError
 from ..engine.guards.prompts import DETECTOR_TEMPLATES
 from ..engine.models.checkpoint import open_checkpoint
 from ..engine.models.heads import Head, HeadSpec, load_head, save_head
-from ..engine.models.loader import HEAD_FILE
+from ..engine.models.sources import HEAD_FILE
 from .backbone import Backbone, adapt, open_backbone, take_adapter, trainable
 from .batches import padded, sorted_batches
 from .beginnings import prefix_thresholds

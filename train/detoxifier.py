@@ -15,7 +15,7 @@ import torch
 from ..engine.chat import Chat
 from ..engine.errors import BadInput
 from ..engine.guards.prompts import rewrite, rewrite_with_question
-from ..engine.models.loader import BUNDLES
+from ..engine.models.sources import BUNDLES
 from ..engine.text import segments_text
 from .backbone import Backbone, adapt, open_backbone, trainable
 from .batches import padded, sorted_batches

@@ -26,7 +26,7 @@ from ..engine.errors import BadInput
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import open_checkpoint
 from ..engine.models.eyes import template_with_images
-from ..engine.models.loader import BUNDLES
+from ..engine.models.sources import BUNDLES
 from .eyes_gaze import look_along_rows
 from .eyes_model import (
     LETTERS_AFTER,
@@ -88,7 +88,7 @@ class Course:
     Raises `BadInput` for values out of range.
     """
 
-    steps: int = 3300
+    steps: int = 2600
     batch: int = 16
     rate: float = 1e-3
     reading: int = 240

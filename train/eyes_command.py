@@ -28,7 +28,7 @@ def eyes(
             "--fonts", exists=True, file_okay=False, help="Folder of fonts; repeatable. (default: matplotlib's)"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of all together, at last.")] = 3300,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of all together, at last.")] = 2600,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
     reading: Annotated[

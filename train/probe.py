@@ -20,8 +20,9 @@ from torch import Tensor
 from ..engine.errors import BadInput, CacheWriteFailed
 from ..engine.models.bundles import smol_folder
 from ..engine.models.heads import IN_CONTEXT, Head, HeadSpec, save_head
-from ..engine.models.loader import BUNDLES, load_models
+from ..engine.models.loader import load_models
 from ..engine.models.model import Model
+from ..engine.models.sources import BUNDLES
 from .answered import answered
 from .beginnings import prefix_thresholds
 from .card import Candidate, Card, Pooling, Quality

@@ -78,7 +78,7 @@ def safety(
     Every question with and without its image; no text of a set or an answer is
     written, unless --keep-answers asks for it.
     """
-    from ...engine.models.loader import SMOL_JUDGE, bundle_of
+    from ...engine.models.sources import SMOL_JUDGE, bundle_of
     from ...engine.named import EngineNames, guard_named, source_named
     from ...train.rows import Bad, Skipped, refuse
     from .judges import KEYWORDS, check_apart
@@ -139,7 +139,7 @@ def _judge(name: str, own: EngineNames, judge_model: str | None) -> Judge:
     import os
     from dataclasses import replace
 
-    from ...engine.models.loader import BUNDLES, SMOL_JUDGE
+    from ...engine.models.sources import BUNDLES, SMOL_JUDGE
     from .judges import KEYWORDS, DetectorJudge, EndpointJudge, KeywordJudge
 
     if name == KEYWORDS:

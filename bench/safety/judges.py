@@ -17,7 +17,7 @@ from ...engine.guards import HarmHead
 from ...engine.guards.detectors import Detector, bound
 from ...engine.guards.prompts import judge
 from ...engine.models.heads import head_notes
-from ...engine.models.loader import SMOL_JUDGE, SMOL_JUDGE_FILE
+from ...engine.models.sources import SMOL_JUDGE, SMOL_JUDGE_FILE
 from ...engine.passes import Answer, Decision, ModelTraits
 from ...engine.request import Outcome, Reply, Verdict
 from ...engine.sampling import SamplingParams

@@ -1,83 +1,42 @@
-"""From names and paths to models that run: opens checkpoints, fills weights, shares what is the same."""
+"""The models of an engine by their roles, from the sources that a user names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ...kernels.quantized import CannotQuantize as NoEightBits
 from ...kernels.quantized import Kind
-from ..errors import CannotQuantize, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
+from ..errors import CheckpointMismatch, UnknownArchitecture
 from ..outside import OutsideDetector
-from ..text import Codec
 from .adapters import Adapter, is_adapter, read_adapter
 from .attached import AttachedAdapter
-from .bundles import smol_folder
-from .checkpoint import Checkpoint, ContentHash, open_checkpoint
-from .decoder import FAMILIES, Decoder, DecoderConfig
-from .eight_bits import check_device, check_pages
-from .eyes import read_eyes, template_with_images
+from .backbones import Backbones
+from .checkpoint import open_checkpoint
+from .decoder import FAMILIES, Decoder
 from .heads import IN_CONTEXT, Head, HeadSpec, Labels, load_head
-from .json_file import read_json
-from .kv_scales import TEXT, measured
-from .model import Backbone, Model
-from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
-from .vision.adapter import VisionAdapter
-from .vision.families import ADAPTERS
-from .vision.llava import LlavaVision
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A PEFT LoRA folder, plain or activated, on the MLLM's own weights: not merged, but added token by token.
-
-    A detector's folder holds a classifier's `score.weight` (SEQ_CLS), or a head fitted on the adapted model as
-    `head.safetensors` (see `save_head`). The tokenizer is the MLLM's.
-    """
-
-    adapter: str | Path
-
-
-Checkpointed: TypeAlias = str | Path | tuple[str | Path, str | Path]
-"""A checkpoint folder, a GGUF file, a bundle, a named shape, (PEFT adapter, its base), or (the file of eyes that
-`train eyes` wrote, the language model)."""
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A *ForSequenceClassification checkpoint (folder, GGUF file or adapter), and which of its labels mean harm.
-
-    harm: an id, a name of `id2label` in any case, or several of them. None: a single label is P(harmless), as of
-    MLLM-Protector's detector and of reward models; of several the harmful ones have to be named. P(harm) is the sum
-    of the harmful labels' softmax over all; where the configuration's `problem_type` is multi_label_classification,
-    the largest of their sigmoids. template: the text it was trained on: "response", "question_answer", or "chat" for
-    the conversation in its own chat template with the answer as the last turn, as reward models read it.
-    """
-
-    source: Checkpointed
-    harm: int | str | tuple[int | str, ...] | None = None
-    template: str = "response"
-
-
-Source: TypeAlias = Checkpointed | Attached
-"""Whatever weights of its own, or an adapter on the MLLM's."""
-
-DetectorSource: TypeAlias = Source | Classifier
-
-ONNX = "onnx:"
-HEAD_FILE = "head.safetensors"
-BUNDLES = ("smol",)
-SMOL_DETECTOR = Path(__file__).parent / "data" / "smol-detector.safetensors"
-SMOL_PROBE = Path(__file__).parent / "data" / "smol-probe.safetensors"
-SMOL_JUDGE = "smol-judge"  # as detector of the bundle: trained on what tests the others
-SMOL_JUDGE_FILE = Path(__file__).parent / "data" / "smol-judge.safetensors"
-SMOL_ADAPTER = "smol-adapter"  # as detector and as detoxifier of the bundle: adapters on its own weights
-SMOL_ADAPTERS = {name: Path(__file__).parent / "data" / f"smol-{name}" for name in ("detector", "detoxifier")}
+from .model import Model
+from .sources import (
+    BUNDLES,
+    HEAD_FILE,
+    ONNX,
+    SMOL_ADAPTER,
+    SMOL_ADAPTERS,
+    SMOL_DETECTOR,
+    SMOL_JUDGE,
+    SMOL_JUDGE_FILE,
+    SMOL_PROBE,
+    Attached,
+    Checkpointed,
+    Classifier,
+    DetectorSource,
+    Source,
+    bundle_of,
+    local_source,
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +78,7 @@ def load_models(
     but for numbers that are not finite.
     """
     where = _device(device)
-    loader = _Loader(where, _dtype(where, dtype), weights, kv_dtype)
+    backbones = Backbones(where, _dtype(where, dtype), weights, kv_dtype)
     bundle = bundle_of(model)
     if bundle is not None:
         detector = bundle if detector is None else detector
@@ -133,12 +92,12 @@ def load_models(
         detoxifier = _own_adapter("detoxifier", model)
     if isinstance(model, Attached):
         raise CheckpointMismatch(f"{model.adapter}: attached to what? Give the MLLM as (adapter, base), which merges")
-    mllm = loader.generator("mllm", model)
+    mllm = _generator(backbones, "mllm", model)
     models = {"mllm": mllm}
     if isinstance(detoxifier, Attached):
         models["detoxifier"] = _attached_generator("detoxifier", detoxifier, mllm)
     elif detoxifier is not None:
-        models["detoxifier"] = loader.generator("detoxifier", detoxifier)
+        models["detoxifier"] = _generator(backbones, "detoxifier", detoxifier)
     outside: dict[str, OutsideDetector] = {}
     if isinstance(detector, str) and detector.startswith(ONNX):
         # what stands above the engine is imported only where it is asked for
@@ -150,16 +109,10 @@ def load_models(
     elif isinstance(detector, Attached):
         models["detector"] = _attached_detector("detector", detector, mllm)
     elif detector is not None:
-        models["detector"] = loader.detector("detector", detector, mllm)
+        models["detector"] = _detector(backbones, "detector", detector, mllm)
     if probe is not None:
         models["probe"] = _in_context("probe", mllm, Path(probe), where)
-    return ModelSet(models, where, loader.dtype, outside)
-
-
-def bundle_of(model: Source) -> str | None:
-    """The bundle that a source is, with eyes or without; None where it is none."""
-    base = model[1] if isinstance(model, tuple) and _is_eyes(model[0]) else model
-    return str(base) if isinstance(base, str | Path) and str(base) in BUNDLES else None
+    return ModelSet(models, where, backbones.dtype, outside)
 
 
 def _own_adapter(name: str, model: Source) -> Attached:
@@ -168,303 +121,66 @@ def _own_adapter(name: str, model: Source) -> Attached:
     return Attached(SMOL_ADAPTERS[name])
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    backbone: Backbone
-    codec: Codec
-    config: PretrainedConfig
-    score: Tensor | None  # of a sequence classifier, [labels, hidden]
+def _generator(backbones: Backbones, name: str, source: Checkpointed) -> Model:
+    loaded = backbones.load(source, classifier=False)
+    decoder, vision = loaded.backbone.decoder, loaded.backbone.vision
+    if decoder.head is None:
+        raise CheckpointMismatch(f"{source} is a classifier; {name} has to be a language model")
+    context = decoder.config.context
+    return Model(
+        name,
+        loaded.backbone,
+        loaded.codec,
+        context,
+        decoder.depth,
+        image_token_id=loaded.codec.image_id,
+        max_images=(context - 1) // vision.fewest_tokens if vision is not None else 0,
+        # merged into a bundle, an adapter changes nothing about the prompts it understands
+        chat_only=str(source[1] if isinstance(source, tuple) else source) in BUNDLES,
+    )
 
 
-class _Loader:
-    """Remembers what it loaded, so that a checkpoint named twice is in memory once."""
-
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, weights: Kind | None = None, kv_dtype: str | None = None
-    ) -> None:
-        if weights is not None:
-            check_device(weights, device, dtype)
-        if kv_dtype is not None:
-            check_pages(kv_dtype, device)
-        self.device = device
-        self.dtype = dtype
-        self.weights = weights
-        self.kv_dtype = kv_dtype
-        self._loaded: dict[tuple[str, bool], _Loaded] = {}
-
-    def generator(self, name: str, source: Checkpointed) -> Model:
-        loaded = self._load(source, classifier=False)
-        decoder, vision = loaded.backbone.decoder, loaded.backbone.vision
-        if decoder.head is None:
-            raise CheckpointMismatch(f"{source} is a classifier; {name} has to be a language model")
-        context = decoder.config.context
-        return Model(
-            name,
-            loaded.backbone,
-            loaded.codec,
-            context,
-            decoder.depth,
-            image_token_id=loaded.codec.image_id,
-            max_images=(context - 1) // vision.fewest_tokens if vision is not None else 0,
-            # merged into a bundle, an adapter changes nothing about the prompts it understands
-            chat_only=str(source[1] if isinstance(source, tuple) else source) in BUNDLES,
-        )
-
-    def detector(self, name: str, source: Checkpointed | Classifier, mllm: Model) -> Model:
-        if isinstance(source, Classifier):
-            return self._classifier(name, source)
-        if str(source) in BUNDLES:
-            return _text_head(name, self.generator(name, source), SMOL_DETECTOR, self.device)
-        if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
-            return _text_head(name, mllm, Path(source), self.device)
-        path, base = source if isinstance(source, tuple) else (source, None)
-        if (Path(path) / HEAD_FILE).is_file():
-            return self._with_head_file(name, Path(path), base)
-        loaded = self._load(source, classifier=True)
-        if loaded.score is None:  # a guard model, which says its verdict as a word
-            return self.generator(name, source)
-        return self._classifier(name, Classifier(source))
-
-    def _with_head_file(self, name: str, path: Path, base: str | Path | None) -> Model:
-        """A folder with weights, or an adapter to merge, and the head that was trained with them: it states the hash
-        of the weights, of an adapter's base."""
-        if is_adapter(path):
-            base = base or read_adapter(path).base or ""
-            own = open_checkpoint(_local(base)).content_hash()
-            model = self.generator(name, (path, base))
-        else:
-            model = self.generator(name, path)
-            own = model.backbone.content_hash
-        return _text_head(name, model, path / HEAD_FILE, self.device, own)
-
-    def _classifier(self, name: str, source: Classifier) -> Model:
-        loaded = self._load(source.source, classifier=True)
-        decoder = loaded.backbone.decoder
-        if loaded.score is None:
-            raise CheckpointMismatch(
-                f"{source.source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or "
-                "adapter, or a head file"
-            )
-        assert isinstance(decoder, Decoder)
-        head = _classifier_head(decoder, loaded.score, _labels(source, loaded.config), source.template)
-        pad_id = loaded.config.get_text_config().pad_token_id
-        return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head, pad_id=pad_id)
-
-    def _load(self, source: Checkpointed, classifier: bool) -> _Loaded:
-        """classifier says what a named shape is to be; a checkpoint says itself what it is."""
-        named = str(source) in NAMED_SHAPES
-        parts = source if isinstance(source, tuple) else (source,)
-        key = (
-            str(source) if named or str(source) in BUNDLES else "+".join(str(Path(part).resolve()) for part in parts)
-        )
-        known = self._loaded.get((key, classifier and named))
-        if known is None:
-            known = self._random(str(source), classifier) if named else self._read(source)
-            self._loaded[key, classifier and named] = known
-        return known
-
-    def _read(self, source: Checkpointed) -> _Loaded:
-        if isinstance(source, tuple) and _is_eyes(source[0]):
-            return self._with_eyes(Path(source[0]), source[1])
-        checkpoint = _open(source)
-        if self.weights is not None and checkpoint.quantized:
-            raise CannotQuantize(
-                f"{checkpoint.path} is quantized already; weights={self.weights!r} takes weights of 16 or 32 bits"
-            )
-        classifier = "score.weight" in checkpoint.shapes
-        try:
-            tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-            parts = self._parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied)
-        except UnknownArchitecture as refusal:
-            return self._fall_back(checkpoint, refusal)
-        return parts.finish(_fill(parts.slots, checkpoint, parts.decoder), codec_of(checkpoint))
-
-    def _with_eyes(self, file: Path, base: str | Path) -> _Loaded:
-        """A language model and the eyes that were trained for it: its weights, hash and texts stay as they are."""
-        loaded = self._load(base, classifier=False)
-        codec, decoder = loaded.codec, loaded.backbone.decoder
-        if loaded.backbone.vision is not None or not isinstance(decoder, Decoder):
-            raise CheckpointMismatch(f"{base} cannot be given eyes: it has its own, or runs on the fallback")
-        eyes = read_eyes(file, loaded.config)
-        vision = LlavaVision(eyes.config, eyes.processor, self.device, self.dtype)
-        vision.freeze(_fill(dict(vision.slots()), eyes.weights, decoder).encode(), codec.tokenizer)
-        token = codec.tokenizer.convert_ids_to_tokens(vision.image_token_id)
-        seeing = Codec(
-            codec.tokenizer,
-            image_token=token,
-            chat_template=template_with_images(codec.chat_template or codec.tokenizer.chat_template or "", token),
-            template_adds_specials=codec.template_adds_specials,
-            extra_stop_ids=codec.eos_ids,
-        )
-        return replace(loaded, backbone=replace(loaded.backbone, vision=vision), codec=seeing)
-
-    def _fall_back(self, checkpoint: Checkpoint, refusal: UnknownArchitecture) -> _Loaded:
-        for name, asked in (("weights", self.weights), ("kv_dtype", self.kv_dtype)):
-            if asked is not None:
-                raise CannotQuantize(f"{name}={asked!r} is for the engine's own decoders: {refusal}")
-        # importing the module classes of transformers takes a second, and most models need none
-        from .fallback_check import load_fallback
-
-        _check_fallback(checkpoint, refusal)
-        try:
-            decoder, content_hash = load_fallback(checkpoint, self.device, self.dtype)
-        except UnknownArchitecture as error:
-            raise _refused_by_both(refusal, error) from error
-        return _Loaded(Backbone(decoder, content_hash), codec_of(checkpoint), checkpoint.config, None)
-
-    def _random(self, name: str, classifier: bool) -> _Loaded:
-        config = named_config(name)
-        assert config is not None
-        config.num_labels = 1 if classifier else config.num_labels
-        parts = self._parts(config, classifier, None, is_tied(config, False))
-        generator = torch.Generator(self.device).manual_seed(0)
-        for slot, tensor in parts.slots.items():
-            tensor.copy_(random_tensor(slot, tuple(tensor.shape), self.dtype, generator))
-        image_id = None if parts.vision is None else parts.vision.image_token_id
-        tokenizer = byte_tokenizer(parts.decoder.config.vocab_size, image_id)
-        image = None if image_id is None else "<image>"
-        codec = Codec(tokenizer, image_token=image, template_adds_specials=True)
-        return parts.finish(f"random {name} {self.dtype} {classifier}", codec)
-
-    def _parts(self, config: PretrainedConfig, classifier: bool, folder: Path | None, tied: bool) -> _Parts:
-        return _Parts(config, classifier, folder, tied, self.device, self.dtype, self.weights, self.kv_dtype)
-
-
-class _Parts:
-    """The empty modules of one checkpoint, and where each of its tensors goes."""
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        classifier: bool,
-        folder: Path | None,
-        tied: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        weights: Kind | None = None,
-        kv_dtype: str | None = None,
-    ) -> None:
-        text = text_config(config)
-        self.config = config
-        self.kv_dtype = kv_dtype
-        shape = DecoderConfig.from_pretrained(text, tied)
-        self.decoder = Decoder(shape, device, dtype, with_head=not classifier, weights=weights)
-        self.slots = dict(self.decoder.slots())
-        self.score: Tensor | None = None
-        if classifier:
-            self.score = torch.empty(config.num_labels, text.hidden_size, device=device, dtype=dtype)
-            self.slots["score.weight"] = self.score
-        self.vision: VisionAdapter | None = None
-        if config.model_type in ADAPTERS:
-            if self.decoder.config.images_scaled:
-                raise UnknownArchitecture(
-                    f"{text.model_type} multiplies the features of images; as text model of {config.model_type} it is"
-                    " not known"
-                )
-            processor = image_processor_for(folder if folder is not None else config.vision_config.image_size)
-            self.vision = ADAPTERS[config.model_type](config, processor, device, dtype)
-            if folder is not None:
-                self.vision.read(folder)
-            self.slots.update(self.vision.slots())
-
-    def finish(self, content_hash: str, codec: Codec) -> _Loaded:
-        self.slots.clear()  # they would keep every weight that is replaced by its packed or narrow form
-        try:
-            self.decoder.freeze()
-        except NoEightBits as error:
-            raise CannotQuantize(f"a model cannot have weights of 8 bits: {error}") from error
-        if self.kv_dtype is not None:
-            self.decoder.narrow_pages(measured(self.decoder, codec.encode_text(TEXT)))
-        if self.vision is not None:
-            self.vision.freeze(content_hash.encode(), codec.tokenizer)
-        backbone = Backbone(self.decoder, content_hash, self.vision)
-        return _Loaded(backbone, codec, self.config, self.score)
-
-
-def check_without_weights(source: Checkpointed) -> tuple[str, UnknownArchitecture | None]:
-    """Check all of a checkpoint that can be checked without reading its weights.
-
-    Returns its `model_type`, and None where the engine's own decoder will run it, why not where the fallback is to.
-    Raises a `CheckpointError` for one that will not load.
-    """
-    if isinstance(source, tuple) and _is_eyes(source[0]):
-        read_eyes(Path(source[0]), open_checkpoint(_local(source[1])).config)
-        return check_without_weights(source[1])
-    checkpoint = _open(source)
-    kind: str = checkpoint.config.model_type
-    classifier, meta = "score.weight" in checkpoint.shapes, torch.device("meta")
-    load_tokenizer(checkpoint.tokenizer_path)
-    try:
-        tied = is_tied(checkpoint.config, "lm_head.weight" in checkpoint.shapes)
-        parts = _Parts(checkpoint.config, classifier, _eyes_folder(checkpoint), tied, meta, torch.float32)
-    except UnknownArchitecture as refusal:
-        _check_fallback(checkpoint, refusal)
-        return kind, refusal
-    _check_names(parts.slots, checkpoint, parts.decoder)
-    return kind, None
-
-
-def _check_fallback(checkpoint: Checkpoint, refusal: UnknownArchitecture) -> None:
-    from .fallback_check import check_outline
-
-    try:
-        check_outline(checkpoint.config, "score.weight" in checkpoint.shapes)
-    except UnknownArchitecture as error:
-        raise _refused_by_both(refusal, error) from error
-
-
-def _refused_by_both(refusal: UnknownArchitecture, error: UnknownArchitecture) -> UnknownArchitecture:
-    if str(refusal) == str(error):
-        return UnknownArchitecture(f"{refusal}; nor does the fallback run it")
-    return UnknownArchitecture(f"{refusal}; the fallback does not run it either: {error}")
-
-
-def _fill(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> str:
-    """Copy a checkpoint's tensors into their slots; returns their content hash."""
-    _check_names(slots, checkpoint, decoder)
-    hasher = ContentHash()
-    for name, tensor in checkpoint.tensors(hasher):
-        if name in slots:
-            slots[name].copy_(tensor)
-    return hasher.hexdigest()
-
-
-def _check_names(slots: dict[str, Tensor], checkpoint: Checkpoint, decoder: Decoder) -> None:
-    """Raise `CheckpointMismatch` unless names and shapes agree."""
-    shapes = checkpoint.shapes
-    if decoder.config.tied:
-        shapes.pop("lm_head.weight", None)  # written by some versions although it is the embedding
-    missing = sorted(set(slots) - set(shapes))
-    extra = sorted(set(shapes) - set(slots))
-    wrong = [
-        f"{name} is {tuple(shapes[name])}, not {tuple(slots[name].shape)}"
-        for name in sorted(set(slots) & set(shapes))
-        if tuple(shapes[name]) != tuple(slots[name].shape)
-    ]
-    for problem, names in (("lacks", missing), ("has unknown tensors:", extra), ("has wrong shapes:", wrong)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointMismatch(f"{checkpoint.path} {problem} {', '.join(names[:3])}{more}")
-
-
-def _open(source: Checkpointed) -> Checkpoint:
+def _detector(backbones: Backbones, name: str, source: Checkpointed | Classifier, mllm: Model) -> Model:
+    if isinstance(source, Classifier):
+        return _classifier(backbones, name, source)
+    if str(source) in BUNDLES:
+        return _text_head(name, _generator(backbones, name, source), SMOL_DETECTOR, backbones.device)
+    if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
+        return _text_head(name, mllm, Path(source), backbones.device)
     path, base = source if isinstance(source, tuple) else (source, None)
-    return open_checkpoint(_local(path), None if base is None else _local(base))
+    if (Path(path) / HEAD_FILE).is_file():
+        return _with_head_file(backbones, name, Path(path), base)
+    loaded = backbones.load(source, classifier=True)
+    if loaded.score is None:  # a guard model, which says its verdict as a word
+        return _generator(backbones, name, source)
+    return _classifier(backbones, name, Classifier(source))
 
 
-def _eyes_folder(checkpoint: Checkpoint) -> Path:
-    """Where the image processor is: an adapter's folder has none; its base's is where the tokenizer is."""
-    return checkpoint.tokenizer_path if is_adapter(checkpoint.path) else checkpoint.path
+def _with_head_file(backbones: Backbones, name: str, path: Path, base: str | Path | None) -> Model:
+    """A folder with weights, or an adapter to merge, and the head that was trained with them: it states the hash
+    of the weights, of an adapter's base."""
+    if is_adapter(path):
+        base = base or read_adapter(path).base or ""
+        own = open_checkpoint(local_source(base)).content_hash()
+        model = _generator(backbones, name, (path, base))
+    else:
+        model = _generator(backbones, name, path)
+        own = model.backbone.content_hash
+    return _text_head(name, model, path / HEAD_FILE, backbones.device, own)
 
 
-def _is_eyes(path: str | Path) -> bool:
-    """Whether the first of a pair is a file of eyes and no adapter's folder."""
-    return Path(path).suffix == ".safetensors"
-
-
-def _local(source: str | Path) -> str | Path:
-    """A bundle's folder; any other source as it is."""
-    return smol_folder() if str(source) in BUNDLES else source
+def _classifier(backbones: Backbones, name: str, source: Classifier) -> Model:
+    loaded = backbones.load(source.source, classifier=True)
+    decoder = loaded.backbone.decoder
+    if loaded.score is None:
+        raise CheckpointMismatch(
+            f"{source.source} has no score.weight; a detector is a *ForSequenceClassification checkpoint or "
+            "adapter, or a head file"
+        )
+    assert isinstance(decoder, Decoder)
+    head = _classifier_head(decoder, loaded.score, _labels(source, loaded.config), source.template)
+    pad_id = loaded.config.get_text_config().pad_token_id
+    return Model(name, loaded.backbone, loaded.codec, decoder.config.context, decoder.depth, head, pad_id=pad_id)
 
 
 def _text_head(name: str, base: Model, path: Path, device: torch.device, weights: str | None = None) -> Model:
@@ -580,75 +296,6 @@ def _labels(source: Classifier, config: PretrainedConfig) -> Labels | None:
     if not harm or (not independent and len(set(harm)) == len(names)):
         raise CheckpointMismatch(f"{source.source}: some of the labels {said} have to mean harm, and not all")
     return Labels(tuple(sorted(set(harm))), independent)
-
-
-def load_tokenizer(source: Path) -> Any:
-    """The fast tokenizer of a folder or a GGUF file. Raises `CheckpointMissing` or `UnknownArchitecture`."""
-    gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
-    folder = source.parent if gguf else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
-    except Exception as error:  # tokenizer classes fail each in its own way
-        raise CheckpointMissing(f"{source} has no usable tokenizer: {error}") from error
-    if not tokenizer.is_fast:
-        raise UnknownArchitecture(f"{source} has a slow tokenizer only; add its tokenizer.json")
-    return tokenizer
-
-
-def codec_of(checkpoint: Checkpoint) -> Codec:
-    """How its texts are encoded and decoded. Raises `CheckpointMissing` or `UnknownArchitecture`."""
-    source = checkpoint.tokenizer_path
-    tokenizer = load_tokenizer(source)
-    folder = source.parent if source.suffix == ".gguf" else source
-    eyes = ADAPTERS.get(checkpoint.config.model_type)
-    image_id = None if eyes is None else eyes.placeholder_id(checkpoint.config)
-    template = None
-    if eyes is not None:
-        template = _processor_template(folder) or (None if tokenizer.chat_template else eyes.chat_template)
-    return Codec(
-        tokenizer,
-        image_token=None if image_id is None else tokenizer.convert_ids_to_tokens(image_id),
-        image_around="" if eyes is None else eyes.around,
-        chat_template=template,
-        template_adds_specials=image_id is not None,
-        extra_stop_ids=_stop_ids(folder, checkpoint.config),
-    )
-
-
-def _processor_template(folder: Path) -> str | None:
-    """The template of a processor, which older checkpoints keep in a file of its own."""
-    path = folder / "chat_template.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    return template if isinstance(template, str) else None
-
-
-def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    generation = read_json(path).get("eos_token_id") if path.is_file() else None
-    found: set[int] = set()
-    for ids in (generation, getattr(getattr(config, "text_config", config), "eos_token_id", None)):
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return tuple(sorted(found))
-
-
-def text_config(config: PretrainedConfig) -> Any:
-    """Of the decoder. Raises `UnknownArchitecture` where there is none that the engine runs."""
-    if config.model_type in ADAPTERS:
-        return config.get_text_config()
-    if config.model_type not in FAMILIES:
-        raise UnknownArchitecture(
-            f"unknown architecture {config.model_type!r}; known: {', '.join((*FAMILIES, *ADAPTERS))}"
-        )
-    return config
-
-
-def is_tied(config: PretrainedConfig, stored: bool) -> bool:
-    """Whether the output matrix is the embedding. Of a model with eyes two configurations say it, which may disagree:
-    a matrix of its own, if `stored`, is used."""
-    text = text_config(config)
-    if text is config:
-        return bool(config.tie_word_embeddings)
-    return not stored and any(getattr(part, "tie_word_embeddings", False) for part in (config, text))
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
-    from .loader import Checkpointed
+    from .sources import Checkpointed
 
 
 class Way(StrEnum):
@@ -194,7 +194,7 @@ def outlook(source: Checkpointed) -> Outlook:
 
     What is wrong with a checkpoint is an answer here, not an error.
     """
-    from .loader import check_without_weights
+    from .backbones import check_without_weights
     from .shapes import NAMED_SHAPES
 
     if str(source) in NAMED_SHAPES:

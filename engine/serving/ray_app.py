@@ -26,7 +26,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from ray.serve.schema import LoggingConfig
 
 from ..errors import BadInput, EngineStopped, PassError, ReplicaLost, StockadeError, Unavailable
-from ..models.loader import ONNX
+from ..models.sources import ONNX
 from ..named import EngineNames, guard_named, release_named
 from .affinity import ranked
 from .audit import read_key

@@ -66,7 +66,7 @@ class RemoteDetector:
 
     @cached_property
     def codec(self) -> Codec:
-        from ..models.loader import load_tokenizer
+        from ..models.backbones import load_tokenizer
 
         return Codec(load_tokenizer(self.folder.path))
 

@@ -15,7 +15,8 @@ from stockade.bench.checkpoints import save_adapter, save_shape, save_smol_llava
 from stockade.bench.workload import picture
 from stockade.engine.engine import Engine
 from stockade.engine.models.bundles import smol_folder
-from stockade.engine.models.loader import Attached, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import Attached
 from stockade.engine.sampling import SamplingParams
 
 

@@ -36,7 +36,7 @@ from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, InvalidGuard
 from stockade.engine.guards import HarmHead, SelfJudge
 from stockade.engine.models.heads import Head, HeadSpec, save_head
-from stockade.engine.models.loader import SMOL_JUDGE
+from stockade.engine.models.sources import SMOL_JUDGE
 from stockade.engine.sampling import SamplingParams
 from stockade.train.data import Part, Source, read_set
 from stockade.train.rows import DataInvalid, DataMissing, Skipped, refuse

@@ -21,7 +21,8 @@ from stockade.engine.guards import Detoxify, Guard, HarmHead
 from stockade.engine.kv_pages import Page
 from stockade.engine.models.adapters import read_adapter
 from stockade.engine.models.attached import AttachedAdapter
-from stockade.engine.models.loader import Attached, ModelSet, load_models
+from stockade.engine.models.loader import ModelSet, load_models
+from stockade.engine.models.sources import Attached
 from stockade.engine.passes import Answer, Continue, Decision, Generate, Score, Screen
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams

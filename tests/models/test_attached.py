@@ -22,8 +22,9 @@ from transformers import (
 
 from stockade.engine.errors import CheckpointError, CheckpointMismatch, CheckpointMissing, UnknownArchitecture
 from stockade.engine.models.heads import Head, HeadSpec, save_head
-from stockade.engine.models.loader import Attached, load_models
+from stockade.engine.models.loader import load_models
 from stockade.engine.models.model import Backbone, Model
+from stockade.engine.models.sources import Attached
 from stockade.kernels.lora import ActiveAdapters
 from stockade.kernels.paged_attention import attention_reference
 from tests.conftest import IMAGE_TOKEN, VOCAB

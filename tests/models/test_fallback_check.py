@@ -24,7 +24,8 @@ from transformers import (
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMismatch, ImagesNotSupported, PromptTooLong, UnknownArchitecture
 from stockade.engine.models import fallback
-from stockade.engine.models.loader import Attached, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import Attached
 from stockade.engine.sampling import SamplingParams
 from tests.conftest import BASE, llama4_config, save_tokenizer
 

@@ -16,7 +16,8 @@ from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMismatch, CheckpointMissing, CheckpointTruncated
 from stockade.engine.guards import Guard
 from stockade.engine.models.heads import Head, HeadSpec, load_head, save_head
-from stockade.engine.models.loader import Classifier, ModelSet, load_models
+from stockade.engine.models.loader import ModelSet, load_models
+from stockade.engine.models.sources import Classifier
 from stockade.engine.passes import Answer, Choose, Decision, Generate, Score, Scored
 from stockade.engine.request import Outcome
 from stockade.engine.running import Request

@@ -26,8 +26,9 @@ from stockade.engine.errors import (
     UnknownArchitecture,
 )
 from stockade.engine.guards import Guard
-from stockade.engine.models.loader import Classifier, load_models
+from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import named_config
+from stockade.engine.models.sources import Classifier
 from stockade.engine.named import detector_named
 from stockade.engine.sampling import SamplingParams
 from stockade.export.source import open_detector

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from stockade.engine.engine import Engine
 from stockade.engine.errors import CheckpointMismatch
 from stockade.engine.guards import Guard
-from stockade.engine.models.loader import SMOL_ADAPTER, SMOL_ADAPTERS, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import SMOL_ADAPTER, SMOL_ADAPTERS
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams
 

@@ -20,7 +20,8 @@ from stockade.engine.errors import BadInput, CheckpointMismatch
 from stockade.engine.guards import Guard, HarmHead
 from stockade.engine.guards.prompts import detector_text
 from stockade.engine.models.heads import load_head
-from stockade.engine.models.loader import Attached, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import Attached
 from stockade.engine.passes import Answer, Decision, Score
 from stockade.engine.request import Outcome
 from stockade.train.data import Example, Kind, Part, Source

@@ -17,7 +17,8 @@ from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput
 from stockade.engine.guards import Detoxify
 from stockade.engine.guards.prompts import rewrite, rewrite_with_question
-from stockade.engine.models.loader import Attached, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import Attached
 from stockade.engine.passes import Answer, Decision
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams

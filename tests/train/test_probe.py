@@ -15,7 +15,8 @@ from stockade.engine.engine import Engine
 from stockade.engine.errors import BadInput, CheckpointMismatch, CheckpointMissing
 from stockade.engine.guards import Guard, Probe
 from stockade.engine.models.heads import IN_CONTEXT, head_notes, load_head
-from stockade.engine.models.loader import SMOL_DETECTOR, SMOL_JUDGE_FILE, SMOL_PROBE, load_models
+from stockade.engine.models.loader import load_models
+from stockade.engine.models.sources import SMOL_DETECTOR, SMOL_JUDGE_FILE, SMOL_PROBE
 from stockade.engine.passes import Answer, Decision, Loop, Score
 from stockade.engine.request import Outcome
 from stockade.engine.sampling import SamplingParams

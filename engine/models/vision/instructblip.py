@@ -39,7 +39,7 @@ class InstructBlipVision(VisionAdapter):
         self.seen = FeatureCache(REMEMBERED_BYTES)  # the tower's, which depend on the image alone
 
     def read(self, folder: Path) -> None:
-        from ..loader import load_tokenizer  # it imports the adapters
+        from ..backbones import load_tokenizer  # it imports the adapters
 
         self.reader = Codec(load_tokenizer(folder / "qformer_tokenizer"))
         if self.reader.vocab_size > self.config.qformer_config.vocab_size:
