@@ -1,10 +1,10 @@
 """Trains eyes: a small vision tower and projector whose outputs a frozen language model reads almost as text.
 
-Five stages. First the language model is shown pages whose patches hold the embeddings of the tokens that begin there,
+Four stages. First the language model is shown pages whose patches hold the embeddings of the tokens that begin there,
 and how patches say them is fitted until it reads them. Then, without the language model, the tower's lower layers
-learn to name the letters of a patch, the next one those around it, and the last layer and the projector to say the
-token that these letters begin (from states that are computed once: a vocabulary takes millions of examples). Last all
-of it learns together.
+learn to name the letters of a patch. The heads above are set to bring those of the patches beside; the rest learns
+to put them in order and to say the token that they begin, from states that are computed once: a vocabulary takes
+millions of examples. Last all of it learns together.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from ..engine.errors import BadInput
 from ..engine.models.bundles import smol_folder
 from ..engine.models.checkpoint import open_checkpoint
 from ..engine.models.eyes import template_with_images
+from ..engine.models.loader import fast_dtype
 from ..engine.models.sources import BUNDLES
 from .eyes_gaze import look_along_rows
 from .eyes_model import (
-    LETTERS_AFTER,
     SHRUNK,
     SIDE,
     TRAINING_ONLY,
-    WINDOWS_AFTER,
     Eyes,
     eyes_config,
     image_token,
@@ -63,8 +62,8 @@ _READ = 6  # pictures in a step that goes through the language model
 _LONGEST_QUESTION = 110  # characters, which fill the lines of a list
 _ANSWERED = 48  # tokens of an answer
 _EMPTY_SHARE = 0.3  # empty patches of a step's choice, for each one that says a token
-_OTHERS = 1024  # tokens of a step's choice besides those that are right
-_ALIKE = 3  # for each token in its pictures, others that begin alike: else a word's first letters would do
+_OTHERS = 384  # tokens of a step's choice besides those that are right
+_ALIKE = 2  # for each token in its pictures, others that begin alike: else a word's first letters would do
 _BEGINNING = 3  # letters that are alike
 _NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
 _PLACES = 0.3  # weight of naming a patch's row and column beside its letters
@@ -74,15 +73,15 @@ _KEPT_TOKENS = 20  # and so many of them at most where tokens begin
 _SEEN_TOGETHER = 32  # pictures, when states are only computed
 _WORDS_A_STEP = 1024
 _WORDS_AGAIN = 8  # times each is learned from
-_LAST_RATE = 0.7  # of the rate, when all learns together: words have to stay known
+_LAST_RATE = 0.2  # of the rate, when all learns together: words have to stay known
 _GAZED = 32  # pictures that show how a state says its place
 _CHECKED = 32  # pictures that the card's figure is of
 
 
 @dataclass(frozen=True)
 class Course:
-    """How eyes are trained. reading, letters, spelling, words, steps: of the five stages, the last four of so many
-    pictures (`batch`).
+    """How eyes are trained. reading, letters, words, steps: of the four stages, the last three of so many pictures
+    (`batch`).
     lists: the share of pictures in FigStep's style.
 
     Raises `BadInput` for values out of range.
@@ -93,13 +92,12 @@ class Course:
     rate: float = 1e-3
     reading: int = 240
     letters: int = 1400
-    spelling: int = 1400
     words: int = 4000
     lists: float = 0.8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("reading", "letters", "spelling", "words", "steps"):
+        for name in ("reading", "letters", "words", "steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lists <= 1:
@@ -136,17 +134,16 @@ class EyesCard:
 
     def to_markdown(self) -> str:
         course = self.course
-        pictures = (course.letters + course.spelling + course.words + course.steps) * course.batch
+        pictures = (course.letters + course.words + course.steps) * course.batch
         done = [
             f"{steps} {what} (loss {_mean(losses[: len(losses) // 10 + 1]):.2f} to "
             f"{_mean(losses[-(len(losses) // 10 + 1) :]):.2f})"
             for steps, what, losses in zip(
-                (course.reading, course.letters, course.spelling, len(self.losses[3]), course.steps),
+                (course.reading, course.letters, len(self.losses[2]), course.steps),
                 (
                     "through the language model, for how patches speak to it",
                     "of the lower layers for letters",
-                    "of all but the last layer for the letters around a patch",
-                    f"of {_WORDS_A_STEP:,} patches, of the last layer and the projector for words",
+                    f"of {_WORDS_A_STEP:,} patches, of the upper layers and the projector for words",
                     "of all",
                 ),
                 self.losses,
@@ -192,7 +189,8 @@ def train_eyes(
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     token = image_token(tokenizer)
     tokenizer.chat_template = template_with_images(tokenizer.chat_template or "", token)
-    language: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True)
+    dtype = fast_dtype(device)
+    language: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True)
     language = language.to(device).eval().requires_grad_(False)
     painter = painter_of(tokenizer, texts, fonts, course.lists)
     drill = painter_of(tokenizer, texts, fonts, course.lists, drill=True)
@@ -260,11 +258,10 @@ def train_eyes(
     lesson = Lesson(
         speller, speech.words(reader.embedding).detach().to(reader.embedding.dtype), speech.empty().detach()
     )
-    lettered = pictured("letters", painter, eyes.reading_letters(), course.letters, lesson.letters_loss)
+    lettered = pictured("letters", painter, eyes.spelling(), course.letters, lesson.letters_loss)
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         look_along_rows(eyes, lesson.pixels([drawn(painter, "gaze", number) for number in range(_GAZED)]))
-    spelled = pictured("to spell", drill, eyes.reading_windows(), course.spelling, lesson.spelling_loss)
     eyes.requires_grad_(False)
     for parameter in eyes.saying().values():
         parameter.requires_grad_(True)
@@ -300,9 +297,9 @@ def train_eyes(
         list_font=painter.list_font.stem,
         texts=len(painter.phrases.texts),
         words=len(painter.phrases.words),
-        losses=(rehearsed, lettered, spelled, worded, learned),
+        losses=(rehearsed, lettered, worded, learned),
         said=said,
-        versions=device_and_versions(torch.bfloat16, device),
+        versions=device_and_versions(dtype, device),
     )
     save_eyes(eyes, config, folder.new)
     save_llava(source, tokenizer, config, eyes, folder.new)
@@ -419,11 +416,13 @@ class Reader:
 
 
 class Kept(NamedTuple):
-    """Of some patches: states before the last layer, [n, hidden], bf16; which patch of a picture; its token."""
+    """Of some patches: states as `Eyes.look_around` makes them, [n, hidden]; which patch of a picture; its token; the
+    letters around, [n, WINDOW], uint8."""
 
     states: Tensor
     patch: Tensor
     tokens: Tensor
+    windows: Tensor
 
 
 class Lesson:
@@ -433,6 +432,7 @@ class Lesson:
         self.speller = speller
         tokenizer = speller.tokenizer
         self.embedding = embedding
+        self.dtype = embedding.dtype
         self.empty = empty
         added = set(tokenizer.get_added_tokens_decoder())
         known = [id for id in range(min(tokenizer.get_vocab_size(), len(embedding))) if id not in added]
@@ -450,24 +450,19 @@ class Lesson:
 
     def letters_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the letters in each patch, and of where it is."""
-        seen = eyes.in_bf16(Eyes.see, self.pixels(pictures), LETTERS_AFTER)
+        _, letters, places = eyes.computed(self.dtype, Eyes.spell, self.pixels(pictures))
         at = torch.arange(SIDE * SIDE, device=self.empty.device).repeat(len(pictures))
-        rows, columns = seen.places.flatten(0, 1).float().split(SIDE, dim=-1)
+        rows, columns = places.flatten(0, 1).float().split(SIDE, dim=-1)
         place = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE)
-        return _spelling(seen.letters, self._asked(pictures).letters) + _PLACES * place
-
-    def spelling_loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
-        """Of the letters in each patch, and of those around where a word begins in it."""
-        seen, asked = eyes.in_bf16(Eyes.see, self.pixels(pictures), WINDOWS_AFTER), self._asked(pictures)
-        return _spelling(seen.letters, asked.letters) + _spelling(seen.windows, asked.windows)
+        return _spelling(letters, self._asked(pictures).letters) + _PLACES * place
 
     @torch.no_grad()
     def kept(self, eyes: Eyes, pictures: Iterable[Picture], told: Callable[[int], None] | None = None) -> Kept:
-        """Of each picture `_KEPT` patches' states before the last layer: where tokens begin, and some others."""
+        """Of each picture `_KEPT` patches: where tokens begin, and some others."""
         parts, done = [], 0
         while some := list(itertools.islice(pictures := iter(pictures), _SEEN_TOGETHER)):
-            states = eyes.in_bf16(Eyes.see, self.pixels(some), WINDOWS_AFTER).states
-            tokens = self._asked(some).tokens
+            states = eyes.computed(self.dtype, Eyes.look_around, self.pixels(some))
+            tokens, _, windows = self._asked(some)
             generator = torch.Generator().manual_seed(done)
             # the first `_KEPT` of an order at random: tokens, as many as may be, before the empty ones
             order = torch.rand(tokens.shape, generator=generator).to(tokens.device) + (tokens == EMPTY)
@@ -477,21 +472,23 @@ class Lesson:
             empties = (tokens != EMPTY).sum(1, keepdim=True) - spoken
             patch = first.gather(1, nth + torch.where(nth >= spoken, empties, 0))
             image = torch.arange(len(some), device=tokens.device)[:, None]
-            parts.append(Kept(states[image, patch].flatten(0, 1), patch.flatten(), tokens[image, patch].flatten()))
+            chosen = (states[image, patch], patch, tokens[image, patch], windows[image, patch].byte())
+            parts.append(Kept(*(values.flatten(0, 1) for values in chosen)))
             done += len(some)
             if told is not None:
                 told(done)
         return Kept(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def words_loss(self, eyes: Eyes, kept: Kept, numbers: Tensor) -> Tensor:
-        """Of the tokens that kept patches say."""
-        states, patch, tokens = (values[numbers.to(values.device)] for values in kept)
-        return self._choice(eyes.in_bf16(Eyes.say, states), patch, tokens)
+        """Of the tokens that kept patches say, and of the letters around."""
+        states, patch, tokens, windows = (values[numbers.to(values.device)] for values in kept)
+        spelled, said = eyes.computed(self.dtype, Eyes.say, states)
+        return self._choice(said, patch, tokens) + _spelling(spelled, windows.long())
 
     def loss(self, eyes: Eyes, pictures: Sequence[Picture]) -> Tensor:
         """Of the token that each patch says, of its vector, and of all letters."""
         tokens, letters, windows = self._asked(pictures)
-        seen = eyes.in_bf16(Eyes.see, self.pixels(pictures), len(eyes.layers))
+        seen = eyes.computed(self.dtype, Eyes.see, self.pixels(pictures))
         spoken = tokens != EMPTY
         # a few of the many empty patches, so that most of the work is about words
         share = _EMPTY_SHARE * float(spoken.sum()) / max(1, int((~spoken).sum()))
@@ -528,7 +525,7 @@ class Lesson:
         for first in range(0, len(pictures), 8):
             some = pictures[first : first + 8]
             tokens = self._asked(some).tokens
-            vectors = eyes.in_bf16(Eyes.see, self.pixels(some), len(eyes.layers)).vectors
+            vectors = eyes.computed(self.dtype, Eyes.see, self.pixels(some)).vectors
             image, patch = (tokens != EMPTY).nonzero(as_tuple=True)
             scores = self._scores(vectors[image, patch], self.empty[patch], self.embedding[self.vocabulary])
             found = scores.argmax(-1)
@@ -560,8 +557,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spelling(named: Tensor, letters: Tensor) -> Tensor:
-    """named: [images, patches, n, 95]. letters: [images, patches, n]. That there is none is a letter, too, and as
-    important in a patch with letters as any."""
-    loss = F.cross_entropy(named.flatten(0, 2).float(), letters.flatten(), reduction="none")
-    weight = torch.where((letters > 0).any(2, keepdim=True), 1.0, _BLANK_PATCH).expand(letters.shape).flatten()
+    """named: [..., n, 95]. letters: [..., n]. That there is none is a letter, too, and as important in a patch with
+    letters as any."""
+    loss = F.cross_entropy(named.flatten(0, -2).float(), letters.flatten(), reduction="none")
+    weight = torch.where((letters > 0).any(-1, keepdim=True), 1.0, _BLANK_PATCH).expand(letters.shape).flatten()
     return (loss * weight).sum() / weight.sum()

@@ -35,9 +35,8 @@ def eyes(
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
     ] = 240,
     letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
-    spelling: Annotated[int, typer.Option("--spelling", min=1, help="Steps of the next one, on whole words.")] = 1400,
     words: Annotated[
-        int, typer.Option("--words", min=1, help="Steps' pictures whose words the last layer learns by heart.")
+        int, typer.Option("--words", min=1, help="Steps' pictures whose words the upper layers learn by heart.")
     ] = 4000,
     lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.8,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
@@ -87,7 +86,7 @@ def eyes(
         raise BadInput("--out says where the eyes go; with --evaluate none is needed")
     if pictures is not None:
         raise BadInput("--pictures goes with --evaluate")
-    course = Course(steps, batch, rate, reading, letters, spelling, words, lists, seed)
+    course = Course(steps, batch, rate, reading, letters, words, lists, seed)
     with telling(console) as told:
         card = train_eyes(
             base, out, texts=texts, fonts=files, course=course, device=torch_device(device), progress=told

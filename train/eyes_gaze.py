@@ -9,46 +9,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eyes_model import LETTERS_AFTER, SIDE, Eyes
+from .eyes_model import CODE, LETTERS_AFTER, SIDE, Eyes
 
 GAZES = (1, 2, 3, 4, 5, 6, 7, 8, -1, -2)  # for each head: how many patches further on it looks
 _SHARPNESS = 25.0  # of queries and keys; a patch looked at gets all of a head's attention
-_CODE = 24  # numbers in which a head brings what names the letters there
-_GAIN = 3.0  # of these: about half of what a patch's state has of its own
+_GAIN = 1.0  # how large what all heads bring is beside what a patch's state has of its own
 _PENALTY = 1e-3
 
 
 @torch.no_grad()
 def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
     """Set queries and keys so that each head looks as `GAZES` says (at its own patch, where the row ends), values so
-    that it brings what names the letters there, and outputs so that each head writes where states hardly differ
+    that it brings the code of the letters there, and outputs so that each head writes where states hardly differ
     otherwise: what eleven patches say has to stand in one state side by side. The last layer looks nowhere yet.
 
     pixels: [images, 3, height, width] of some pictures. What a patch's state says about its row and column is read by
     ridge regression.
     """
-    weight = eyes.letters.weight
-    letters = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[:_CODE]
-    states = eyes.see(pixels, LETTERS_AFTER).states
+    states = eyes.spell(pixels)[0]
     layer = eyes.layers[LETTERS_AFTER]
     attention = layer.self_attn
     normed = layer.layer_norm1(states).flatten(0, 1)
     place, offset = _places(normed, len(pixels))
+    letters = eyes.code.weight
+    codes = normed @ letters.t()
+    middle = codes.mean(0)
+    # those of patches with letters differ the most from the middle; they are what has to be heard
+    largest = (codes - middle).square().sum(1).quantile(0.9).sqrt()
+    own = (states - states.mean((0, 1))).flatten(0, 1).square().sum(1).mean().sqrt()
+    gain = _GAIN * own / (largest * len(GAZES) ** 0.5)
     spare = torch.linalg.eigh(torch.cov(states.flatten(0, 1).t())).eigenvectors  # least variance first
     for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
         part.weight.zero_()
         part.bias.zero_()
     for head, further in enumerate(GAZES):
         first = head * attention.head_dim
-        rows, code = slice(first, first + 2 * SIDE), slice(first, first + _CODE)
+        rows, code = slice(first, first + 2 * SIDE), slice(first, first + CODE)
         moved = _moved(further).to(place)
         attention.q_proj.weight[rows] = _SHARPNESS * moved @ place
         attention.q_proj.bias[rows] = _SHARPNESS * moved @ offset
         attention.k_proj.weight[rows] = _SHARPNESS * place
         attention.k_proj.bias[rows] = _SHARPNESS * offset
         attention.v_proj.weight[code] = letters
-        attention.v_proj.bias[code] = -(letters @ normed.mean(0))
-        attention.out_proj.weight[:, code] = _GAIN * spare[:, head * _CODE : (head + 1) * _CODE]
+        attention.v_proj.bias[code] = -middle
+        attention.out_proj.weight[:, code] = gain * spare[:, head * CODE : (head + 1) * CODE]
     outputs = eyes.layers[-1].self_attn.out_proj
     outputs.weight.zero_()
     outputs.bias.zero_()

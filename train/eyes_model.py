@@ -38,7 +38,8 @@ BEFORE = 3  # these before that
 FIRST_LETTER = 32  # " " stands for none
 LETTER_COUNT = 95
 EYES_FILE = "eyes.safetensors"
-TRAINING_ONLY = ("letters.", "places.", "windows.")  # how parameters begin that no checkpoint has
+CODE = 28  # numbers in which a patch's state names its letters, and in which those beside it read them
+TRAINING_ONLY = ("code.", "letters.", "places.", "windows.")  # how parameters begin that no checkpoint has
 _PLACE_SIZE = 12.0
 # What a file of eyes says of their configuration
 _TOWER = (
@@ -53,7 +54,6 @@ _TOWER = (
 )
 _CONFIG = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
 LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are read
-WINDOWS_AFTER = 4
 
 T = TypeVar("T")
 
@@ -96,11 +96,9 @@ class _Patches(nn.Conv2d):
 
 
 class Seen(NamedTuple):
-    """states: [images, patches, hidden], after the last layer that ran. letters: [images, patches, LETTERS, 95].
-    places: [images, patches, 2 * SIDE], for a patch's row, then its column. windows: [images, patches, WINDOW, 95].
-    vectors: [images, patches, hidden of the language model]. The last two are empty where too few layers ran."""
+    """letters: [images, patches, LETTERS, 95]. places: [images, patches, 2 * SIDE], for a patch's row, then its
+    column. windows: [images, patches, WINDOW, 95]. vectors: [images, patches, hidden of the language model]."""
 
-    states: Tensor
     letters: Tensor
     places: Tensor
     windows: Tensor
@@ -129,7 +127,8 @@ class Eyes(nn.Module):
         codes = nn.init.orthogonal_(torch.empty(2 * SIDE, hidden)) * _PLACE_SIZE
         at = torch.arange(SIDE * SIDE)
         self.vision_tower.embeddings.position_embedding.weight.data = codes[at // SIDE] + codes[SIDE + at % SIDE]
-        self.letters = nn.Linear(hidden, LETTERS * LETTER_COUNT)
+        self.code = nn.Linear(hidden, CODE, bias=False)
+        self.letters = nn.Linear(CODE, LETTERS * LETTER_COUNT)
         self.places = nn.Linear(hidden, 2 * SIDE)
         self.windows = nn.Linear(hidden, WINDOW * LETTER_COUNT)
 
@@ -140,42 +139,56 @@ class Eyes(nn.Module):
     def forward(self, method: Callable[..., T], *inputs: Any) -> T:
         return method(self, *inputs)
 
-    def in_bf16(self, method: Callable[..., T], *inputs: Any) -> T:
-        """`see` or `say` with parameters in bf16, whose gradients reach those in fp32."""
-        parameters = {name: value.bfloat16() for name, value in self.named_parameters()}
+    def computed(self, dtype: torch.dtype, method: Callable[..., T], *inputs: Any) -> T:
+        """A method with parameters in another dtype, whose gradients reach those in fp32."""
+        if dtype is torch.float32:
+            return method(self, *inputs)
+        parameters = {name: value.to(dtype) for name, value in self.named_parameters()}
         found: T = torch.func.functional_call(self, parameters, (method, *inputs))
         return found
 
-    def see(self, pixels: Tensor, layers: int) -> Seen:
-        """What so many layers make of [images, 3, height, width]; LETTERS_AFTER at least."""
+    def spell(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The lower layers' states of [images, 3, height, width], and `Seen`'s letters and places."""
         states = self.vision_tower.embeddings(pixels)
         for layer in self.layers[:LETTERS_AFTER]:
             states = layer(states, None)
-        letters = self.letters(states).unflatten(-1, (LETTERS, LETTER_COUNT))
-        places, windows, vectors = self.places(states), states.new_empty(0), states.new_empty(0)
-        for number in range(LETTERS_AFTER, layers):
-            states = self.layers[number](states, None)
-            if number + 1 == WINDOWS_AFTER:
-                windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
-        if layers == len(self.layers):
-            vectors = self.multi_modal_projector(states)
-        return Seen(states, letters, places, windows, vectors)
+        # as the attention above reads them
+        normed = self.layers[LETTERS_AFTER].layer_norm1(states)
+        letters = self.letters(self.code(normed)).unflatten(-1, (LETTERS, LETTER_COUNT))
+        return states, letters, self.places(normed)
 
-    def say(self, states: Tensor) -> Tensor:
-        """The vectors of single patches, [patches, hidden] each, by the projector and the last layer without its
-        attention, from the states before that."""
-        last = self.layers[-1]
+    def look_around(self, pixels: Tensor) -> Tensor:
+        """States behind the attention of the layer above the letters, [images, patches, hidden]."""
+        states, _, _ = self.spell(pixels)
+        layer = self.layers[LETTERS_AFTER]
+        brought, _ = layer.self_attn(layer.layer_norm1(states))
+        return states + brought
+
+    def say(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """`Seen`'s windows and vectors of single patches, from what `look_around` makes of them, while the last layer
+        looks nowhere."""
+        reading, last = self.layers[LETTERS_AFTER], self.layers[-1]
+        states = states + reading.mlp(reading.layer_norm2(states))
+        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
         vectors: Tensor = self.multi_modal_projector(states + last.mlp(last.layer_norm2(states)))
-        return vectors
+        return windows, vectors
 
-    def reading_letters(self) -> dict[str, nn.Parameter]:
-        return self._named(self.vision_tower.embeddings, *self.layers[:LETTERS_AFTER], self.letters, self.places)
+    def see(self, pixels: Tensor) -> Seen:
+        """All of it."""
+        states, letters, places = self.spell(pixels)
+        states = self.layers[LETTERS_AFTER](states, None)
+        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
+        return Seen(letters, places, windows, self.multi_modal_projector(self.layers[-1](states, None)))
 
-    def reading_windows(self) -> dict[str, nn.Parameter]:
-        return self.reading_letters() | self._named(*self.layers[LETTERS_AFTER:WINDOWS_AFTER], self.windows)
+    def spelling(self) -> dict[str, nn.Parameter]:
+        """The parameters of `spell`."""
+        lower = (self.vision_tower.embeddings, *self.layers[:LETTERS_AFTER])
+        return self._named(*lower, self.layers[LETTERS_AFTER].layer_norm1, self.code, self.letters, self.places)
 
     def saying(self) -> dict[str, nn.Parameter]:
-        return self._named(self.layers[-1].layer_norm2, self.layers[-1].mlp, self.multi_modal_projector)
+        """The parameters of `say`."""
+        above = [part for layer in self.layers[LETTERS_AFTER:] for part in (layer.layer_norm2, layer.mlp)]
+        return self._named(*above, self.windows, self.multi_modal_projector)
 
     def _named(self, *parts: nn.Module) -> dict[str, nn.Parameter]:
         chosen = {id(value) for part in parts for value in part.parameters()}

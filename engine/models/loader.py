@@ -78,7 +78,7 @@ def load_models(
     but for numbers that are not finite.
     """
     where = _device(device)
-    backbones = Backbones(where, _dtype(where, dtype), weights, kv_dtype)
+    backbones = Backbones(where, dtype or fast_dtype(where), weights, kv_dtype)
     bundle = bundle_of(model)
     if bundle is not None:
         detector = bundle if detector is None else detector
@@ -304,10 +304,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
-def _dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+def fast_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device multiplies it in hardware, else fp32."""
-    if dtype is not None:
-        return dtype
     if device.type == "cpu":
         able = torch.cpu._is_avx512_bf16_supported()
     else:
