@@ -358,7 +358,8 @@ def _check_rest(server: Any, complaints: list[str]) -> None:
     """Nothing may be under way when the last client has what it wanted."""
     state = server.server.server_state
     ends = time.monotonic() + 10
-    while (state.tasks or _under_way(server.port)) and time.monotonic() < ends:
+    # tasks last: asking what is under way is one for a moment, too
+    while (_under_way(server.port) or state.tasks) and time.monotonic() < ends:
         time.sleep(0.02)
     if state.tasks:
         stacks = [task.get_stack(limit=4) for task in list(state.tasks)]

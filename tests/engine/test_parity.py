@@ -60,15 +60,19 @@ def test_chunks_and_hits_change_no_token(family: str, checkpoint: Callable[[str]
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "granite"])
 def test_bf16_errs_no_more_than_transformers_in_bf16(family: str, checkpoint: Callable[[str], Path]) -> None:
-    folder, prompt = checkpoint(family), prompts()[3]
+    folder = checkpoint(family)
     exact, theirs = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.float64, torch.bfloat16)
     )
     engine = Engine(folder, device="cpu", dtype=torch.bfloat16, kv_bytes=16 << 20, tokens_per_page=16)
+    # of all prompts together: of a single one, which rounding is luckier depends on the processor
+    their_errors, our_errors = [], []
     with torch.inference_mode():
-        want = exact(torch.tensor([prompt])).logits[0, -1]
-        error = (theirs(torch.tensor([prompt])).logits[0, -1] - want).norm()
-        assert (last_logits(engine, prompt).double() - want).norm() < 1.25 * error
+        for prompt in prompts():
+            want = exact(torch.tensor([prompt])).logits[0, -1]
+            their_errors.append(theirs(torch.tensor([prompt])).logits[0, -1] - want)
+            our_errors.append(last_logits(engine, prompt) - want)
+    assert torch.cat(our_errors).norm() < 1.25 * torch.cat(their_errors).norm()
 
 
 def last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:

@@ -181,7 +181,7 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
     assert torch.allclose(prepared[0].inputs["pixel_values"], pixels_of([picture.image]), atol=1e-6)
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     theirs = whole.get_image_features(pixel_values=pixels_of([picture.image])).pooler_output[0]
-    assert torch.allclose(vision.encode(prepared)[0][0], theirs, atol=1e-5)
+    assert torch.allclose(vision.encode(prepared)[0][0], theirs, atol=1e-4)
     apart = load_models((folder / EYES_FILE, base), device="cpu", dtype=torch.float32).models["mllm"]
     plain = load_models(base, device="cpu", dtype=torch.float32).models["mllm"]
     assert apart.backbone.content_hash == plain.backbone.content_hash
@@ -201,7 +201,7 @@ def test_a_lesson_is_learned(painter: Painter) -> None:
     torch.manual_seed(0)
     embedding, tokenizer = torch.randn(320, 64), byte_tokenizer(320)
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding.bfloat16(), torch.randn(SIDE * SIDE, 64))
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding, torch.randn(SIDE * SIDE, 64))
     pictures = [drawn(painter, "0", number) for number in range(2)]
     optimizer = torch.optim.Adam(eyes.parameters(), lr=1e-3)
     losses = []
@@ -228,12 +228,12 @@ def test_words_are_learned_from_states_that_are_kept(painter: Painter) -> None:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(320)
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64).bfloat16(), torch.randn(SIDE**2, 64))
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE**2, 64))
     pictures = [drawn(painter, "0", number) for number in range(40)]
     look_along_rows(eyes, lesson.pixels(pictures[:8]))
     kept = lesson.kept(eyes, iter(pictures))
-    seen = eyes.computed(torch.bfloat16, Eyes.see, lesson.pixels(pictures))
-    before = eyes.computed(torch.bfloat16, Eyes.look_around, lesson.pixels(pictures))
+    seen = eyes.computed(torch.float32, Eyes.see, lesson.pixels(pictures))
+    before = eyes.computed(torch.float32, Eyes.look_around, lesson.pixels(pictures))
     each = len(kept.tokens) // len(pictures)
     for number, picture in enumerate(pictures):
         asked, _, around = wanted(picture, lesson.speller)
@@ -244,11 +244,11 @@ def test_words_are_learned_from_states_that_are_kept(painter: Painter) -> None:
         assert torch.equal(kept.windows[of].long(), around[patch])
         spoken = int((asked != EMPTY).sum())
         assert int((tokens != EMPTY).sum()) == min(spoken, each - 4) or spoken > SIDE * SIDE - 4
-        assert torch.allclose(kept.states[of].float(), before[number, patch].float(), atol=0.1)
+        assert torch.allclose(kept.states[of], before[number, patch], atol=1e-4)
         # the last layer looks nowhere yet, so single patches say what whole pictures do
-        windows, vectors = eyes.computed(torch.bfloat16, Eyes.say, before[number])
+        windows, vectors = eyes.computed(torch.float32, Eyes.say, before[number])
         for said, whole in ((windows, seen.windows[number]), (vectors, seen.vectors[number])):
-            assert torch.allclose(said.float(), whole.float(), atol=0.05, rtol=0.05)
+            assert torch.allclose(said, whole, atol=1e-4)
     optimizer = torch.optim.Adam(eyes.saying().values(), lr=2e-3)
     losses = []
     for _ in range(15):
