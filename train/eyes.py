@@ -41,7 +41,7 @@ from .eyes_model import (
     save_llava,
 )
 from .eyes_targets import EMPTY, Speller, Wanted, wanted
-from .eyes_texts import Texts, words_of, words_to_drill
+from .eyes_texts import Texts, words_of
 from .loop import SAVE_SECONDS, Progress, fingerprint, train
 from .outcome import Folder, device_and_versions
 from .pictures import Painter, Phrases, Picture, letter_font
@@ -65,15 +65,24 @@ _EMPTY_SHARE = 0.3  # empty patches of a step's choice, for each one that says a
 _OTHERS = 384  # tokens of a step's choice besides those that are right
 _ALIKE = 2  # for each token in its pictures, others that begin alike: else a word's first letters would do
 _BEGINNING = 3  # letters that are alike
-_NEARNESS = 0.05  # weight of the distance to the wanted vector beside the choice among vectors
+# Of a vector that is said. Squares of distances between `smol`'s vectors are 13, to the nearest 4: with a variance of
+# 1 even the exact vector leaves doubts, and blends of several cost little more.
+_VARIANCE = 0.25
+_NEARNESS = 0.2  # weight of the distance to the wanted vector beside the choice among vectors
 _PLACES = 0.3  # weight of naming a patch's row and column beside its letters
 _BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
 _KEPT = 24  # patches of a picture whose states are kept to learn words from,
 _KEPT_TOKENS = 20  # and so many of them at most where tokens begin
 _SEEN_TOGETHER = 32  # pictures, when states are only computed
-_WORDS_A_STEP = 1024
-_WORDS_AGAIN = 8  # times each is learned from
+_WORDS_A_STEP = 512
+_WORDS_AGAIN = 4  # times each is learned from; what is seen more often is known by its picture, not by its letters
+_WORDS_RATE = 0.6  # of the rate
 _LAST_RATE = 0.2  # of the rate, when all learns together: words have to stay known
+# Of the vocabulary's words, which are in the order of their use, nearly equally often. Upper layers and projector
+# have 2.3 M parameters and hold hardly more: a vector of 576 numbers, as exact as the language model wants it, is
+# 190 bits.
+_DRILLED = 5000
+_CAPITALS = 0.03  # share of these that begin with a capital, which is another token
 _GAZED = 32  # pictures that show how a state says its place
 _CHECKED = 32  # pictures that the card's figure is of
 
@@ -90,10 +99,10 @@ class Course:
     steps: int = 2600
     batch: int = 16
     rate: float = 1e-3
-    reading: int = 240
+    reading: int = 120
     letters: int = 1400
-    words: int = 4000
-    lists: float = 0.8
+    words: int = 6000
+    lists: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -276,7 +285,7 @@ def train_eyes(
 
     worded = learn(
         "words",
-        [(eyes.saying(), course.rate)],
+        [(eyes.saying(), course.rate * _WORDS_RATE)],
         course.words * course.batch * _KEPT,
         lambda numbers: lesson.words_loss(eyes, kept(), torch.tensor(numbers)),
         replace(course.recipe, batch=_WORDS_A_STEP, epochs=_WORDS_AGAIN),
@@ -311,12 +320,12 @@ def painter_of(
     tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False, drill: bool = False
 ) -> Painter:
     """What draws pictures of the words to learn from, or of the held-out texts' alone (single words where there are
-    none). drill: mostly of single words, rare ones too."""
+    none). drill: mostly of single words, one about as often as another."""
     words = words_of(tokenizer)
     if held_out:
         phrases = Phrases.of(texts.held_out, words, 0.0)
     elif drill:
-        phrases = Phrases.of(texts.train, words_to_drill(words, texts.train), 0.6, 1.5)
+        phrases = Phrases.of(texts.train, words[:_DRILLED], 0.8, 1.3, _CAPITALS)
     else:
         phrases = Phrases.of(texts.train, words)
     return Painter(fonts, letter_font(fonts), phrases, SHRUNK, lists)
@@ -546,10 +555,11 @@ class Lesson:
     def _scores(self, said: Tensor, empty: Tensor, known: Tensor) -> Tensor:
         """Which vector was meant: log-probabilities but for a constant, [patches, 1 + known], the empty one first.
 
-        Of normal distributions with variance 1 around the vectors, one of which made what is said.
+        Of normal distributions with variance `_VARIANCE` around the vectors, one of which made what is said.
         """
         nothing = (said.float() * empty).sum(-1, keepdim=True) - empty.square().sum(-1, keepdim=True) / 2
-        return torch.cat([nothing, (said @ known.t()).float() - known.float().square().sum(-1) / 2], dim=1)
+        scores = torch.cat([nothing, (said @ known.t()).float() - known.float().square().sum(-1) / 2], dim=1)
+        return scores / _VARIANCE
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -33,12 +33,12 @@ def eyes(
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
     reading: Annotated[
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
-    ] = 240,
+    ] = 120,
     letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
     words: Annotated[
         int, typer.Option("--words", min=1, help="Steps' pictures whose words the upper layers learn by heart.")
-    ] = 4000,
-    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.8,
+    ] = 6000,
+    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.9,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,9 +72,3 @@ def words_of(tokenizer: Any) -> tuple[str, ...]:
     plain = [text for text in texts if (bare := text.strip()).isascii() and bare.isalpha() and bare.islower()]
     begun = [text[1:] for text in plain if text.startswith(" ") and len(text) > 2]
     return tuple(begun or (text.strip() for text in plain))
-
-
-def words_to_drill(vocabulary: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
-    """Those of the texts, the most usual first, and then the vocabulary's, each once."""
-    counts = Counter(word.lower().strip(".,;:!?()\"'") for text in texts for word in text.split())
-    return tuple(dict.fromkeys([*(word for word, _ in counts.most_common()), *vocabulary]))

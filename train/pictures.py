@@ -70,22 +70,30 @@ class Phrases:
     words: tuple[str, ...]
     strung: float  # share of phrases made of single words
     usual: float = 3.0  # how much more often the usual words come than the others: 1 is not at all
+    capitals: float = 0.15  # share of single words that begin with one
 
     @classmethod
-    def of(cls, texts: Iterable[str], words: Iterable[str], strung: float = 0.3, usual: float = 3.0) -> Phrases:
+    def of(
+        cls,
+        texts: Iterable[str],
+        words: Iterable[str],
+        strung: float = 0.3,
+        usual: float = 3.0,
+        capitals: float = 0.15,
+    ) -> Phrases:
         """Keeps words and short numbers with the marks around them. Raises `BadInput` where there is no word."""
         split = (tuple(word for word in text.split() if _WORD.fullmatch(word)) for text in texts)
         kept = tuple(text for text in split if len(text) >= 3)
         single = tuple(word for word in words if _WORD.fullmatch(word))
         if not single:
             raise BadInput("the vocabulary has no word of plain letters to draw")
-        return cls(kept, single, strung, usual)
+        return cls(kept, single, strung, usual, capitals)
 
     def some(self, rng: random.Random, count: int) -> list[str]:
         """So many words, fewer where a text ends."""
         if not self.texts or rng.random() < self.strung:
             words = [self.words[int(len(self.words) * rng.random() ** self.usual)] for _ in range(count)]
-            return [word.capitalize() if rng.random() < 0.15 else word for word in words]
+            return [word.capitalize() if rng.random() < self.capitals else word for word in words]
         text = rng.choice(self.texts)
         first = rng.randrange(max(1, len(text) - count + 1))
         return list(text[first : first + count])

@@ -41,7 +41,7 @@ from stockade.train.eyes_model import (
 )
 from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
 from stockade.train.eyes_targets import EMPTY, Speller, wanted
-from stockade.train.eyes_texts import Texts, read_texts, words_to_drill
+from stockade.train.eyes_texts import Texts, read_texts
 from stockade.train.loop import AnotherRun
 from stockade.train.pictures import OTHERS, Painter, Picture, default_fonts, usable_fonts
 from stockade.train.rows import DataMissing
@@ -134,10 +134,6 @@ def test_a_patch_is_asked_for_the_word_that_begins_in_it_or_goes_on(painter: Pai
     assert (asked.windows.any(1) == inside).all()
 
 
-def test_words_of_texts_are_drilled_before_the_vocabulary() -> None:
-    assert words_to_drill(("so", "fox"), ("a fox, a dog", "The fox")) == ("a", "fox", "dog", "the", "so")
-
-
 def test_a_row_with_more_tokens_than_patches_keeps_the_first(painter: Painter) -> None:
     picture = painter._text(["abcdefghijklmnop"], FONTS[0], 20, (400, 400), 5, 5, 10, "page")
     row = wanted(picture, Speller(byte_tokenizer(320).backend_tokenizer)).tokens[:SIDE]
@@ -149,7 +145,7 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
 ) -> None:
     base = checkpoint("llama-mha-tied")
     card = train_eyes(base, tmp_path / "whole", texts=TEXTS, fonts=FONTS, course=QUICK)
-    assert [len(losses) for losses in card.losses] == [2, 2, 8, 3]
+    assert [len(losses) for losses in card.losses] == [2, 2, 4, 3]
     assert card.parameters < 8_000_000
     assert (tmp_path / "whole" / EYES_FILE).stat().st_size < 16 << 20
 
