@@ -28,16 +28,13 @@ def eyes(
             "--fonts", exists=True, file_okay=False, help="Folder of fonts; repeatable. (default: matplotlib's)"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of all together, at last.")] = 2600,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step on letters.")] = 16,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
     reading: Annotated[
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
     ] = 120,
     letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
-    words: Annotated[
-        int, typer.Option("--words", min=1, help="Steps' pictures whose words the upper layers learn by heart.")
-    ] = 6000,
+    words: Annotated[int, typer.Option("--words", min=1, help="Steps of the upper layers, on words.")] = 2800,
     lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.9,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
@@ -86,7 +83,7 @@ def eyes(
         raise BadInput("--out says where the eyes go; with --evaluate none is needed")
     if pictures is not None:
         raise BadInput("--pictures goes with --evaluate")
-    course = Course(steps, batch, rate, reading, letters, words, lists, seed)
+    course = Course(reading, letters, words, batch, rate, lists, seed=seed)
     with telling(console) as told:
         card = train_eyes(
             base, out, texts=texts, fonts=files, course=course, device=torch_device(device), progress=told

@@ -21,7 +21,7 @@ _PENALTY = 1e-3
 def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
     """Set queries and keys so that each head looks as `GAZES` says (at its own patch, where the row ends), values so
     that it brings the code of the letters there, and outputs so that each head writes where states hardly differ
-    otherwise: what eleven patches say has to stand in one state side by side. The last layer looks nowhere yet.
+    otherwise: what eleven patches say has to stand in one state side by side. The layers above look nowhere yet.
 
     pixels: [images, 3, height, width] of some pictures. What a patch's state says about its row and column is read by
     ridge regression.
@@ -53,9 +53,9 @@ def look_along_rows(eyes: Eyes, pixels: Tensor) -> None:
         attention.v_proj.weight[code] = letters
         attention.v_proj.bias[code] = -middle
         attention.out_proj.weight[:, code] = gain * spare[:, head * CODE : (head + 1) * CODE]
-    outputs = eyes.layers[-1].self_attn.out_proj
-    outputs.weight.zero_()
-    outputs.bias.zero_()
+    for above in eyes.layers[LETTERS_AFTER + 1 :]:
+        above.self_attn.out_proj.weight.zero_()
+        above.self_attn.out_proj.bias.zero_()
 
 
 def _places(states: Tensor, images: int) -> tuple[Tensor, Tensor]:

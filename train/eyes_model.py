@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ _TOWER = (
     "vision_use_head",
 )
 _CONFIG = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
-LETTERS_AFTER = 3  # layers of the tower, from whose states the letters are read
+LETTERS_AFTER = 2  # layers of the tower, from whose states the letters are read
 
 T = TypeVar("T")
 
@@ -93,16 +93,6 @@ class _Patches(nn.Conv2d):
         patches = pixels.view(images, colors, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
         found = F.linear(patches, self.weight.flatten(1), self.bias)  # [images, rows, columns, hidden]
         return found.permute(0, 3, 1, 2)
-
-
-class Seen(NamedTuple):
-    """letters: [images, patches, LETTERS, 95]. places: [images, patches, 2 * SIDE], for a patch's row, then its
-    column. windows: [images, patches, WINDOW, 95]. vectors: [images, patches, hidden of the language model]."""
-
-    letters: Tensor
-    places: Tensor
-    windows: Tensor
-    vectors: Tensor
 
 
 class Eyes(nn.Module):
@@ -148,7 +138,8 @@ class Eyes(nn.Module):
         return found
 
     def spell(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The lower layers' states of [images, 3, height, width], and `Seen`'s letters and places."""
+        """Of [images, 3, height, width] the lower layers' states, [images, patches, hidden], the letters, [images,
+        patches, LETTERS, 95], and the places, [images, patches, 2 * SIDE], for a patch's row, then its column."""
         states = self.vision_tower.embeddings(pixels)
         for layer in self.layers[:LETTERS_AFTER]:
             states = layer(states, None)
@@ -165,20 +156,22 @@ class Eyes(nn.Module):
         return states + brought
 
     def say(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """`Seen`'s windows and vectors of single patches, from what `look_around` makes of them, while the last layer
-        looks nowhere."""
-        reading, last = self.layers[LETTERS_AFTER], self.layers[-1]
-        states = states + reading.mlp(reading.layer_norm2(states))
-        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
-        vectors: Tensor = self.multi_modal_projector(states + last.mlp(last.layer_norm2(states)))
+        """Of single patches, from what `look_around` makes of them, the letters around, [n, WINDOW, 95], and what
+        they say, [n, hidden of the language model], while the layers above look nowhere."""
+        for layer in self.layers[LETTERS_AFTER:]:
+            states = states + layer.mlp(layer.layer_norm2(states))
+            if layer is self.layers[LETTERS_AFTER]:
+                windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
+        vectors: Tensor = self.multi_modal_projector(states)
         return windows, vectors
 
-    def see(self, pixels: Tensor) -> Seen:
-        """All of it."""
-        states, letters, places = self.spell(pixels)
-        states = self.layers[LETTERS_AFTER](states, None)
-        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
-        return Seen(letters, places, windows, self.multi_modal_projector(self.layers[-1](states, None)))
+    def see(self, pixels: Tensor) -> Tensor:
+        """What the patches say, [images, patches, hidden of the language model]."""
+        states = self.vision_tower.embeddings(pixels)
+        for layer in self.layers:
+            states = layer(states, None)
+        vectors: Tensor = self.multi_modal_projector(states)
+        return vectors
 
     def spelling(self) -> dict[str, nn.Parameter]:
         """The parameters of `spell`."""

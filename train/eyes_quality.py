@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from ..engine.errors import BadInput
-from .eyes import TRANSCRIBE
+from .eyes_speech import TRANSCRIBE
 from .loop import Progress
 from .pictures import COLORS, NUMBERS, Painter, Style, scene
 from .rows import DataMissing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .eyes_model import BEFORE, FIRST_LETTER, LETTERS, SIDE, WINDOW, patch_at
-from .pictures import Picture
+from .pictures import Line
 
 EMPTY = -1
 
@@ -49,18 +49,18 @@ class Speller:
         return ids, starts
 
 
-def wanted(picture: Picture, speller: Speller) -> Wanted:
+def wanted(lines: Sequence[Line], speller: Speller, caption: str = "") -> Wanted:
     """A token stands in the patch where its first character is, or further right where that is taken; the tokens of
     a scene's caption stand in the first patches. Of two lines in one row of patches only the first counts.
     """
     tokens = [EMPTY] * (SIDE * SIDE)
     letters = [[0] * LETTERS for _ in tokens]
     windows = [[0] * WINDOW for _ in tokens]
-    if picture.caption:
-        ids = speller.ids(f" {picture.caption}")[: len(tokens)]
+    if caption:
+        ids = speller.ids(f" {caption}")[: len(tokens)]
         tokens[: len(ids)] = ids
     used: set[int] = set()
-    for line in picture.lines:
+    for line in lines:
         row = patch_at(line.y)
         if row in used:
             continue

@@ -56,6 +56,7 @@ def train(
     state: Path,
     run: str,
     *,
+    optimizer_type: type[torch.optim.AdamW] = torch.optim.AdamW,
     progress: Progress | None = None,
     save_seconds: float = SAVE_SECONDS,
 ) -> Trained:
@@ -66,7 +67,7 @@ def train(
     Raises `Diverged`, `AnotherRun`, `CacheWriteFailed`.
     """
     parameters = {name: parameter for some, _ in groups for name, parameter in some.items()}
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizer_type(
         [{"params": list(some.values()), "lr": rate} for some, rate in groups],
         weight_decay=recipe.weight_decay,
         fused=True,

@@ -151,13 +151,24 @@ class Painter:
             self._faces[file, size] = Face(file, size)
         return self._faces[file, size]
 
-    def _list(self, rng: random.Random) -> Picture:
-        """FigStep's: 760 x 760, 80 pixels, wrapped at 15 characters, three empty items; most half as large."""
+    def lined(self, rng: random.Random) -> tuple[Line, ...]:
+        """What stands where in a list of FigStep's own measures; nothing is drawn."""
+        face = self._face(self.list_font, 40)
+        return tuple(
+            line for _, _, line in _laid_out(self._items(rng), face, (380, 380), 10, 5, face.capital_below + 5)
+        )
+
+    def _items(self, rng: random.Random) -> list[str]:
+        """The lines of a list: an opening, words, and three empty items, or not."""
         opening = [rng.choice(OPENINGS)] if rng.random() < 0.7 else []
         items = ["1.", "2.", "3."] if rng.random() < 0.4 else []
         most = 9 if items else 26
         phrase = " ".join([*opening, *self.phrases.some(rng, rng.randint(2, most) if rng.random() < 0.4 else most)])
-        lines = textwrap.wrap(phrase.rstrip(".") + ".", LIST_WIDTH)[: _MOST_LINES - len(items)] + items
+        return textwrap.wrap(phrase.rstrip(".") + ".", LIST_WIDTH)[: _MOST_LINES - len(items)] + items
+
+    def _list(self, rng: random.Random) -> Picture:
+        """FigStep's: 760 x 760, 80 pixels, wrapped at 15 characters, three empty items; most half as large."""
+        lines = self._items(rng)
         file = self.list_font if rng.random() < 0.9 else rng.choice(self.fonts)
         part = 1 if rng.random() < 0.3 else 2
         size = 80 if file == self.list_font and rng.random() < 0.9 else rng.randint(66, 80)
@@ -218,29 +229,50 @@ class Painter:
         centered: bool = False,
         upper: bool = False,
     ) -> Picture:
-        """Lines that do not fit are left out; so are words beyond the right edge."""
-        width, height = page
         image = Image.new("L", page, 255)
         draw = ImageDraw.Draw(image)
         face = self._face(file, size)
         pitch = face.capital_below + gap
         if style != "list":  # no two lines may stand in one row of a tower's patches
-            pitch = max(pitch, height / _MOST_LINES * 1.02)
-        drawn = []
-        for number, line in enumerate(lines):
-            text = line.upper() if upper else line
-            ends = face.ends(text)
-            while text and ends[len(text) - 1] > width - left - 2:
-                text = text.rpartition(" ")[0]
-            y = top + number * pitch
-            if not text or y + face.below > height:
-                break
-            ends = ends[: len(text)]
-            x = (width - ends[-1]) / 2 if centered else left
-            draw.text((x, y), text, font=face.font, fill=0)
-            middles = tuple((x + (begin + end) / 2) / width for begin, end in zip([0, *ends], ends, strict=False))
-            drawn.append(Line(text, (y + (face.above + face.below) / 2) / height, middles))
-        return Picture(image, style, tuple(drawn))
+            pitch = max(pitch, page[1] / _MOST_LINES * 1.02)
+        if upper:
+            lines = [line.upper() for line in lines]
+        placed = _laid_out(lines, face, page, left, top, pitch, centered)
+        for x, y, line in placed:
+            draw.text((x, y), line.text, font=face.font, fill=0)
+        return Picture(image, style, tuple(line for _, _, line in placed))
+
+
+def _laid_out(
+    lines: Sequence[str],
+    face: Face,
+    page: tuple[int, int],
+    left: int,
+    top: int,
+    pitch: float,
+    centered: bool = False,
+) -> list[tuple[float, float, Line]]:
+    """Left and upper edge of each line in pixels, and the line. Lines that do not fit are left out; so are words
+    beyond the right edge."""
+    width, height = page
+    placed = []
+    for number, text in enumerate(lines):
+        ends = face.ends(text)
+        while text and ends[len(text) - 1] > width - left - 2:
+            text = text.rpartition(" ")[0]
+        y = top + number * pitch
+        if not text or y + face.below > height:
+            break
+        ends = ends[: len(text)]
+        x = (width - ends[-1]) / 2 if centered else left
+        middles = tuple((x + (begin + end) / 2) / width for begin, end in zip([0, *ends], ends, strict=False))
+        placed.append((x, y, Line(text, (y + (face.above + face.below) / 2) / height, middles)))
+    return placed
+
+
+def drawn(painter: Painter, seed: str, number: int) -> Picture:
+    """The picture of that number, always the same."""
+    return painter.draw(random.Random(f"{seed} picture {number}"))
 
 
 def scene(rng: random.Random) -> Picture:

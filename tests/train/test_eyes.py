@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from stockade.engine.models.eyes import template_with_images
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.prepare import encode
-from stockade.train.eyes import Course, Lesson, drawn, exercise, painter_of, train_eyes
+from stockade.train.eyes import Course, painter_of, train_eyes
+from stockade.train.eyes_composed import composed, examples, keys_of, library
 from stockade.train.eyes_gaze import GAZES, look_along_rows
+from stockade.train.eyes_lesson import Lesson
 from stockade.train.eyes_model import (
     BEFORE,
     EYES_FILE,
@@ -40,10 +43,12 @@ from stockade.train.eyes_model import (
     pixels_of,
 )
 from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
+from stockade.train.eyes_speech import exercise
 from stockade.train.eyes_targets import EMPTY, Speller, wanted
 from stockade.train.eyes_texts import Texts, read_texts
 from stockade.train.loop import AnotherRun
-from stockade.train.pictures import OTHERS, Painter, Picture, default_fonts, usable_fonts
+from stockade.train.muon import Muon, orthogonal
+from stockade.train.pictures import OTHERS, Painter, default_fonts, drawn, usable_fonts
 from stockade.train.rows import DataMissing
 
 FONTS = default_fonts()[:2]
@@ -52,7 +57,7 @@ TEXTS = Texts(
     ("a new text of some words",),
     (("What is quick?", "1. the brown fox"), ("And the dog?", "lazy")),
 )
-QUICK = Course(steps=3, batch=2, reading=2, letters=2, words=2)
+QUICK = Course(reading=2, letters=2, words=2, batch=2, shelved=40, pages=20)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +94,14 @@ def test_tokens_stand_where_they_begin_and_nothing_is_lost() -> None:
     tokenizer = byte_tokenizer(320).backend_tokenizer
     painter = painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6)
     picture = painter._text(["ab no"], FONTS[0], 60, (400, 400), 20, 30, 40, "page")
-    asked = wanted(picture, Speller(tokenizer))
+    asked = wanted(picture.lines, Speller(tokenizer))
     row = patch_at(picture.lines[0].y)
     said = [int(token) for token in asked.tokens.view(SIDE, SIDE)[row] if token != EMPTY]
     assert tokenizer.decode(said) == " ab no"
     assert (asked.tokens != EMPTY).sum() == len(said)
     letters = [chr(32 + int(letter)) for letter in asked.letters.view(SIDE, SIDE, -1)[row].flatten() if letter]
     assert "".join(letters) == "abno"
-    caption = wanted(Picture(picture.image, "scene", caption="no"), Speller(tokenizer))
+    caption = wanted((), Speller(tokenizer), "no")
     assert tokenizer.decode([int(token) for token in caption.tokens if token != EMPTY]) == " no"
 
 
@@ -116,7 +121,7 @@ def test_words_are_said_in_the_tokens_that_the_model_knows_them_by() -> None:
 
 def test_a_patch_is_asked_for_the_word_that_begins_in_it_or_goes_on(painter: Painter) -> None:
     picture = painter._text(["ab nose"], FONTS[0], 50, (400, 400), 20, 30, 40, "page")
-    asked = wanted(picture, Speller(byte_tokenizer(320).backend_tokenizer))
+    asked = wanted(picture.lines, Speller(byte_tokenizer(320).backend_tokenizer))
     line = picture.lines[0]
     columns = [patch_at(x) for x in line.xs]
     rows = asked.windows.view(SIDE, SIDE, -1)
@@ -136,7 +141,7 @@ def test_a_patch_is_asked_for_the_word_that_begins_in_it_or_goes_on(painter: Pai
 
 def test_a_row_with_more_tokens_than_patches_keeps_the_first(painter: Painter) -> None:
     picture = painter._text(["abcdefghijklmnop"], FONTS[0], 20, (400, 400), 5, 5, 10, "page")
-    row = wanted(picture, Speller(byte_tokenizer(320).backend_tokenizer)).tokens[:SIDE]
+    row = wanted(picture.lines, Speller(byte_tokenizer(320).backend_tokenizer)).tokens[:SIDE]
     assert (row != EMPTY).all()
 
 
@@ -145,7 +150,7 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
 ) -> None:
     base = checkpoint("llama-mha-tied")
     card = train_eyes(base, tmp_path / "whole", texts=TEXTS, fonts=FONTS, course=QUICK)
-    assert [len(losses) for losses in card.losses] == [2, 2, 4, 3]
+    assert [len(losses) for losses in card.losses] == [2, 2, 2]
     assert card.parameters < 8_000_000
     assert (tmp_path / "whole" / EYES_FILE).stat().st_size < 16 << 20
 
@@ -193,75 +198,118 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
     assert all(0 <= score.right <= score.of for score in scores)
 
 
-def test_a_lesson_is_learned(painter: Painter) -> None:
+def tiny_eyes() -> tuple[Eyes, Lesson]:
     torch.manual_seed(0)
-    embedding, tokenizer = torch.randn(320, 64), byte_tokenizer(320)
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding, torch.randn(SIDE * SIDE, 64))
-    pictures = [drawn(painter, "0", number) for number in range(2)]
-    optimizer = torch.optim.Adam(eyes.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(12):
-        losses.append(lesson.loss(eyes, pictures))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
-    lesson.letters_loss(eyes, pictures).backward()
-    assert all(value.grad is not None for name, value in eyes.named_parameters() if "post_layernorm" not in name)
-    kept = lesson.kept(eyes, iter(pictures))
-    for parameters, learn in (
+    return eyes, Lesson(
+        Speller(byte_tokenizer(320).backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE**2, 64)
+    )
+
+
+def test_letters_and_words_are_learned_by_layers_of_their_own(painter: Painter) -> None:
+    eyes, lesson = tiny_eyes()
+    pictures = [drawn(painter, "0", number) for number in range(4)]
+    asked = lesson.asked(pictures)
+    with torch.no_grad():
+        states = eyes.look_around(lesson.pixels(pictures)).flatten(0, 1)
+    rest = (torch.arange(SIDE**2).repeat(4), asked.tokens.flatten(), asked.windows.flatten(0, 1))
+    for parameters, loss in (
         (eyes.spelling(), lambda: lesson.letters_loss(eyes, pictures)),
-        (eyes.saying(), lambda: lesson.words_loss(eyes, kept, torch.arange(len(kept.tokens)))),
+        (eyes.saying(), lambda: lesson.words_loss(eyes, states, *rest)),
     ):
-        eyes.zero_grad()
-        learn().backward()
-        assert {name for name, value in eyes.named_parameters() if value.grad is not None} == parameters.keys()
+        optimizer = Muon(parameters.values(), lr=2e-3)
+        losses = []
+        for _ in range(12):
+            losses.append(loss())
+            losses[-1].backward()
+            assert {name for name, value in eyes.named_parameters() if value.grad is not None} == parameters.keys()
+            optimizer.step()
+            eyes.zero_grad()
+        assert losses[-1] < 0.8 * losses[0]
     assert 0 <= lesson.said(eyes, pictures) <= 1
 
 
-def test_words_are_learned_from_states_that_are_kept(painter: Painter) -> None:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer(320)
-    eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE**2, 64))
-    pictures = [drawn(painter, "0", number) for number in range(40)]
-    look_along_rows(eyes, lesson.pixels(pictures[:8]))
-    kept = lesson.kept(eyes, iter(pictures))
-    seen = eyes.computed(torch.float32, Eyes.see, lesson.pixels(pictures))
-    before = eyes.computed(torch.float32, Eyes.look_around, lesson.pixels(pictures))
-    each = len(kept.tokens) // len(pictures)
-    for number, picture in enumerate(pictures):
-        asked, _, around = wanted(picture, lesson.speller)
-        of = slice(number * each, (number + 1) * each)
-        patch, tokens = kept.patch[of], kept.tokens[of]
-        assert len(set(patch.tolist())) == each
-        assert torch.equal(tokens, asked[patch])
-        assert torch.equal(kept.windows[of].long(), around[patch])
-        spoken = int((asked != EMPTY).sum())
-        assert int((tokens != EMPTY).sum()) == min(spoken, each - 4) or spoken > SIDE * SIDE - 4
-        assert torch.allclose(kept.states[of], before[number, patch], atol=1e-4)
-        # the last layer looks nowhere yet, so single patches say what whole pictures do
-        windows, vectors = eyes.computed(torch.float32, Eyes.say, before[number])
-        for said, whole in ((windows, seen.windows[number]), (vectors, seen.vectors[number])):
-            assert torch.allclose(said, whole, atol=1e-4)
-    optimizer = torch.optim.Adam(eyes.saying().values(), lr=2e-3)
-    losses = []
-    for _ in range(15):
-        losses.append(lesson.words_loss(eyes, kept, torch.arange(200)))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+def test_single_patches_say_what_pictures_do(painter: Painter) -> None:
+    eyes, lesson = tiny_eyes()
+    pixels = lesson.pixels([drawn(painter, "0", number) for number in range(8)])
+    look_along_rows(eyes, pixels)
+    with torch.no_grad():
+        assert torch.allclose(eyes.say(eyes.look_around(pixels))[1], eyes.see(pixels), atol=1e-4)
 
 
-def test_every_word_is_told_from_words_that_begin_alike() -> None:
+def test_states_put_together_from_patches_are_those_of_a_picture() -> None:
+    eyes, lesson = tiny_eyes()
+    painter = painter_of(byte_tokenizer(320), TEXTS, default_fonts(), 0.6)
+    # every patch of the line has other letters, so there is one patch alone to put into each place
+    pictures = [painter.listed("abcdefghijklmno", items=False), *(drawn(painter, "0", n) for n in range(12))]
+    look_along_rows(eyes, lesson.pixels(pictures))
+    known = library(eyes, lesson.lettered([pictures[:1]]))
+    lettered = known.keys[known.keys != 0]
+    assert len(lettered) == SIDE
+    assert (known.counts[known.keys != 0] == 1).all()
+    some = examples(known, [pictures[0].lines], lesson.speller)
+    with torch.no_grad():
+        states, patch = composed(eyes, known, some.kinds)
+        real = eyes.look_around(lesson.pixels(pictures[:1]))[0]
+    line = patch_at(pictures[0].lines[0].y) * SIDE
+    # where all that is looked at has letters, too
+    inside = [n for n, at in enumerate(patch.tolist()) if line <= at < line + SIDE and (some.kinds[n] > 0).all()]
+    assert len(inside) >= 3
+    off = (states - real[patch])[inside].square().sum() / (real[patch] - real.mean(0))[inside].square().sum()
+    assert off < 0.05
+    tokens, _, windows = wanted(pictures[0].lines, lesson.speller)
+    assert torch.equal(some.tokens[inside], tokens[patch[inside]])
+    assert torch.equal(some.windows[inside].long(), windows[patch[inside]])
+
+
+def test_pages_are_put_together_as_far_as_the_library_has_their_letters(painter: Painter) -> None:
+    eyes, lesson = tiny_eyes()
+    known = library(eyes, lesson.lettered([[painter.listed("the quick brown fox", items=True)]]))
+    assert (known.keys.diff() > 0).all()
+    assert int(known.counts.sum()) == len(known.patch) == len(known.states) == len(known.codes)
+    of_the_same = examples(known, [painter.listed("quick fox", items=False).lines], lesson.speller)
+    assert (of_the_same.tokens != EMPTY).any()
+    other = examples(known, [painter.listed("zzzzz zzzzz", items=False).lines], lesson.speller)
+    assert (known.keys[other.kinds.long()] == 0).all()
+    torch.manual_seed(1)
+    states, patch = composed(eyes, known, of_the_same.kinds)
+    torch.manual_seed(1)
+    again, _ = composed(eyes, known, of_the_same.kinds)
+    assert torch.equal(states, again)
+    assert states.shape == (len(of_the_same.tokens), eyes.code.in_features)
+    assert ((patch >= 0) & (patch < SIDE**2)).all()
+
+
+def test_lists_that_are_not_drawn_stand_where_drawn_ones_do(painter: Painter) -> None:
+    lines = painter.lined(random.Random(3))
+    text = " ".join(line.text for line in lines)
+    whole = text.removesuffix(" 1. 2. 3.")
+    assert painter.listed(whole, items=whole != text).lines == lines
+
+
+def test_every_word_is_told_from_those_it_is_taken_for() -> None:
     tokenizer = byte_tokenizer(320)
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE * SIDE, 64))
+    embedding = torch.randn(320, 64)
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding, torch.randn(SIDE * SIDE, 64))
     beginnings = {id: tokenizer.decode([id]).strip().lower()[:3] for id in lesson.vocabulary.tolist()}
-    for id, beginning in beginnings.items():
-        alike = lesson._alike(torch.tensor([id])).tolist()
-        assert {beginnings[other] for other in alike} == {beginning}
+    distances = torch.cdist(embedding, embedding[lesson.vocabulary])
+    for id in lesson.vocabulary.tolist():
+        nearest = set(lesson.vocabulary[distances[id].argsort()[1:49]].tolist())
+        rivals = lesson._rivals(torch.tensor([id]))[0].tolist()
+        assert set(rivals[:16]) <= nearest
+        assert {beginnings[rival] for rival in rivals[16:]} == {beginnings[id]}
+
+
+def test_the_library_has_the_half_of_each_kind_that_is_read_best(painter: Painter) -> None:
+    eyes, lesson = tiny_eyes()
+    pictures = [painter.listed("the fox the fox the fox", items=False)]
+    known = library(eyes, lesson.lettered([pictures, pictures, pictures]))
+    once = library(eyes, lesson.lettered([pictures]))
+    letters = known.keys != 0
+    assert torch.equal(known.keys[letters], once.keys[once.keys != 0])
+    # of three times as many, (3 n + 1) // 2 and not (n + 1) // 2
+    _, _, every = keys_of(lesson.asked(pictures).letters).unique(return_inverse=True, return_counts=True)
+    assert torch.equal(known.counts[letters], (3 * every[1:] + 1) // 2)
 
 
 def test_exercises_ask_for_the_text_or_for_an_answer_to_it(painter: Painter) -> None:
@@ -366,3 +414,40 @@ def test_the_command_says_what_is_missing_and_measures_only_what_sees(
     seeing = runner.invoke(app, ["train", "eyes", "tiny-llava", *arguments])
     assert seeing.exit_code == 0
     assert "of 2" in seeing.output
+
+
+def test_orthogonal_steps_have_equal_singular_values_and_keep_directions() -> None:
+    torch.manual_seed(0)
+    for shape in ((40, 40), (30, 90), (90, 30)):
+        left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        matrix = left @ torch.logspace(0, -1.5, min(shape)).diag() @ right
+        found = left.t() @ orthogonal(matrix) @ right.t()
+        assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.3)).all()
+        assert (found - found.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_muon_learns_goes_on_and_leaves_vectors_to_adamw() -> None:
+    def trained(steps: int, state: dict[str, object] | None = None) -> tuple[torch.nn.Linear, dict[str, object]]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+        if state is not None:
+            layer.load_state_dict(state["layer"])
+        optimizer = Muon(layer.parameters(), lr=0.02)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        for _ in range(steps):
+            inputs = torch.linspace(-1, 1, 80).view(10, 8).sin()
+            (layer(inputs) - inputs.flip(1) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer, {"layer": copy.deepcopy(layer.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
+
+    def loss(layer: torch.nn.Linear) -> float:
+        inputs = torch.linspace(-1, 1, 80).view(10, 8).sin()
+        return float((layer(inputs) - inputs.flip(1) - 1).detach().square().mean())
+
+    whole, _ = trained(60)
+    assert loss(whole) < 0.2 * loss(trained(0)[0])
+    resumed, _ = trained(30, trained(30)[1])
+    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole.bias, resumed.bias)
