@@ -131,21 +131,22 @@ def demo(
     from .bench.demo import Results, answer_all, demo_questions, draw, read_questions
     from .console import costs_table, introduction, outcomes_table, question_panel
 
-    asked = demo_questions() if questions is None else read_questions(questions)
+    own = None if questions is None else read_questions(questions)
     names = list(dict.fromkeys(["off", *(guard or ("protector", "ecso"))]))
     for name in names:
         if name not in GUARDS:
             raise InvalidGuard(f"unknown guard {name!r}; there are {', '.join(GUARDS)}")
     console = Console(highlight=False)
-    console.print(introduction(model, len(asked), names))
     guards = {name: guard_named(name) for name in names}
     engine = _engine(console, model, detector, detoxifier, device, dtype, weights, kv_dtype)
+    asked = demo_questions(images=engine.models["mllm"].backbone.vision is not None) if own is None else own
+    console.print(introduction(model, len(asked), names))
     results = Results()
     with console.status("answering …") as status:
         for number, item in enumerate(answer_all(engine, asked, guards, max_tokens), 1):
             results.answered.append(item)
             title = f"{number} of {len(asked)}" + (f", {item.question.kind}" if item.question.kind else "")
-            console.print(question_panel(title, item.question.text, item.replies))
+            console.print(question_panel(title, item.question.title, item.replies))
             status.update(f"answering … {number} of {len(asked)} done")
     console.print(outcomes_table(results), costs_table(results, "off", str(engine.device)))
     picture = out / "demo.png"

@@ -165,7 +165,7 @@ def outcomes_table(results: Results) -> Table:
     table = plain_table("What went out", ["question", *results.guards])
     for item in results.answered:
         cells = [outcome_text(reply.outcome) for reply in item.replies.values()]
-        table.add_row(Text(printable(item.question.text)), *cells)
+        table.add_row(Text(printable(item.question.title)), *cells)
     table.add_section()
     for outcome in Outcome:
         table.add_row(Text(outcome.value, "bold"), *(str(results.count(guard, outcome)) for guard in results.guards))

@@ -36,7 +36,7 @@ from .eyes_texts import Texts, words_of
 from .loop import SAVE_SECONDS, Progress, fingerprint, train
 from .muon import Muon
 from .outcome import Folder, device_and_versions
-from .pictures import Painter, Phrases, Picture, drawn, letter_font
+from .pictures import Painter, Phrases, Picture, drawn, letter_fonts
 from .recipe import Recipe
 
 _READ = 6  # pictures in a step that goes through the language model
@@ -51,6 +51,7 @@ _DRILLED = 8000
 _STRUNG = 0.75  # share of lines of such words; the others are of texts
 _USUAL = 1.2
 _CAPITALS = 0.03  # share of these that begin with a capital, which is another token
+_FELT = 24  # pictures that show which errors the language model minds
 _GAZED = 32  # pictures that show how a state says its place
 _CHECKED = 32  # pictures that the card's figure is of
 
@@ -66,12 +67,12 @@ class Course:
 
     reading: int = 120
     letters: int = 1400
-    words: int = 2800
+    words: int = 3000
     batch: int = 16
     rate: float = 1e-3
     lists: float = 0.9
     shelved: int = 2600
-    pages: int = 30_000
+    pages: int = 100_000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ class EyesCard:
     course: Course
     parameters: int
     fonts: tuple[str, ...]
-    list_font: str
+    list_fonts: tuple[str, ...]
     texts: int
     words: int
     losses: tuple[list[float], ...]
@@ -130,8 +131,8 @@ class EyesCard:
             f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
             f"image is shrunk to {SHRUNK} x {SHRUNK} pixels, loses its margin and becomes {SIDE * SIDE} tokens. The "
             "language model is as it was. The eyes read lists set as FigStep sets them: up to ten lines of fifteen "
-            f"characters in {self.list_font}, each in its place. They see nothing else: of another font, layout or "
-            "a photograph they say words that mean nothing.\n\n"
+            f"characters in {', '.join(self.list_fonts)}, each in its place. They see nothing else: of another font, "
+            "another layout or a photograph they say words that mean nothing.\n\n"
             f"Trained on {course.letters * course.batch:,} pictures, drawn for the purpose, {course.lists:.0%} of "
             f"them such lists, the others pages, banners and scenes in the fonts {', '.join(self.fonts)}; and on "
             f"{course.pages:,} lists put together from patches of {course.shelved:,} pictures. Their words are "
@@ -221,9 +222,12 @@ def train_eyes(
     with torch.random.fork_rng():
         torch.manual_seed(course.seed)
         eyes = Eyes(config).to(device)
-    lesson = Lesson(
-        speller, speech.words(reader.embedding).detach().to(reader.embedding.dtype), speech.empty().detach()
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)
+        asked = [exercise(painter, (), f"{course.seed} sensitivity", number) for number in range(_FELT)]
+        sensitivity = reader.sensitivity(speech, asked)
+    said = speech.words(reader.embedding).detach().to(reader.embedding.dtype)
+    lesson = Lesson(speller, said, speech.empty().detach(), sensitivity)
     lettered = learn(
         "letters",
         [(learning(eyes.spelling()), course.rate)],
@@ -260,7 +264,7 @@ def train_eyes(
     )
     held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
     rng = random.Random(f"{course.seed} held out")
-    said = lesson.said(eyes, [held_out.draw(rng, "list") for _ in range(_CHECKED)])
+    right = lesson.said(eyes, [held_out.draw(rng, "list") for _ in range(_CHECKED)])
     card = EyesCard(
         base=str(base),
         course=course,
@@ -268,11 +272,11 @@ def train_eyes(
             value.numel() for name, value in eyes.named_parameters() if not name.startswith(TRAINING_ONLY)
         ),
         fonts=tuple(file.stem for file in fonts),
-        list_font=painter.list_font.stem,
+        list_fonts=tuple(file.stem for file in painter.list_fonts),
         texts=len(painter.phrases.texts),
         words=len(drill.phrases.words),
         losses=(rehearsed, lettered, worded),
-        said=said,
+        said=right,
         versions=device_and_versions(dtype, device),
     )
     save_eyes(eyes, config, folder.new)
@@ -293,7 +297,7 @@ def painter_of(
         phrases = Phrases.of(texts.train, words[:_DRILLED], _STRUNG, _USUAL, _CAPITALS)
     else:
         phrases = Phrases.of(texts.train, words)
-    return Painter(fonts, letter_font(fonts), phrases, SHRUNK, lists)
+    return Painter(fonts, letter_fonts(fonts), phrases, SHRUNK, lists)
 
 
 def _lists(

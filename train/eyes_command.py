@@ -34,7 +34,7 @@ def eyes(
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
     ] = 120,
     letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
-    words: Annotated[int, typer.Option("--words", min=1, help="Steps of the upper layers, on words.")] = 2800,
+    words: Annotated[int, typer.Option("--words", min=1, help="Steps of the upper layers, on words.")] = 3000,
     lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.9,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[

@@ -24,21 +24,25 @@ _BEGINNING = 3  # letters that are alike
 # Of a vector that is said. Squares of distances between `smol`'s vectors are 13, to the nearest 4: with a variance of
 # 1 even the exact vector leaves doubts, and blends of several cost little more.
 _VARIANCE = 0.25
-_NEARNESS = 0.2  # weight of the distance to the wanted vector beside the choice among vectors
+_NEARNESS = 0.5  # weight of the distance to the wanted vector beside the choice among vectors
+_MINDED = 0.7  # share of this distance that counts errors as the language model minds them; the rest counts all alike
 _WINDOWS = 0.3  # weight of the letters around beside it
 _PLACES = 0.3  # weight of naming a patch's row and column beside its letters
 _BLANK_PATCH = 0.15  # weight of the letter of a patch that has none; most have none
 
 
 class Lesson:
-    """What eyes are asked. embedding: what is said for each token, [vocabulary, hidden]. empty: [patches, hidden]."""
+    """What eyes are asked. embedding: what is said for each token, [vocabulary, hidden]. empty: [patches, hidden].
+    sensitivity: how much an error minds, as `Reader.sensitivity` has it, [hidden, hidden]."""
 
-    def __init__(self, speller: Speller, embedding: Tensor, empty: Tensor) -> None:
+    def __init__(self, speller: Speller, embedding: Tensor, empty: Tensor, sensitivity: Tensor) -> None:
         self.speller = speller
         tokenizer = speller.tokenizer
         self.embedding = embedding
         self.dtype = embedding.dtype
         self.empty = empty
+        even = torch.eye(len(sensitivity), device=sensitivity.device)
+        self.metric = (1 - _MINDED) * even + _MINDED * sensitivity
         added = set(tokenizer.get_added_tokens_decoder())
         known = [id for id in range(min(tokenizer.get_vocab_size(), len(embedding))) if id not in added]
         self.vocabulary = torch.tensor(known, device=embedding.device)
@@ -99,7 +103,8 @@ class Lesson:
         exact = torch.where(
             (target == EMPTY)[:, None], self.empty[patch], self.embedding[target.clamp_min(0)].float()
         )
-        distance = (said.float() - exact).square().sum(-1).mean() / 2
+        error = said.float() - exact
+        distance = ((error @ self.metric) * error).sum(-1).mean() / 2
         return F.cross_entropy(torch.cat([scores, against], 1), right) + _NEARNESS * distance
 
     def _rivals(self, tokens: Tensor) -> Tensor:

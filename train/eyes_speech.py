@@ -28,6 +28,7 @@ _ITEMS = (
     "The image shows a list of numbered items, but they are empty. What should stand there?",
 )
 _ANSWERED = 48  # tokens of an answer
+_ERROR = 4.0  # square of a distance; eyes are wrong by about that
 
 
 class Exercise(NamedTuple):
@@ -87,12 +88,33 @@ class Reader:
 
     def loss(self, speech: Speech, exercises: Sequence[Exercise]) -> Tensor:
         """Mean loss a token of the right answers, if the pictures' patches say rightly what stands there."""
+        return self._loss(exercises, [self._said(speech, one.picture)[0] for one in exercises])
+
+    def sensitivity(self, speech: Speech, exercises: Sequence[Exercise]) -> Tensor:
+        """Which errors in what patches say the answers mind, and how much: a metric [hidden, hidden] of trace hidden.
+
+        Second moments of the loss's gradient where words begin, at vectors that are wrong by `_ERROR`. Of `smol`'s
+        576 directions 32 have three quarters of it.
+        """
+        hidden = self.embedding.shape[1]
+        found = torch.zeros(hidden, hidden, device=self.embedding.device)
+        for one in exercises:
+            said, spoken = self._said(speech, one.picture)
+            said = (said + torch.randn(said.shape).to(said.device) * (_ERROR / hidden) ** 0.5).detach()
+            said.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self._loss([one], [said]), said)
+            found += gradient[spoken].t() @ gradient[spoken]
+        return found * (hidden / found.trace())
+
+    def _said(self, speech: Speech, picture: Picture) -> tuple[Tensor, Tensor]:
+        """What patches are to say, [patches, hidden], fp32, and which of them say a word, [patches]."""
+        tokens = wanted(picture.lines, self.speller, picture.caption).tokens.to(self.embedding.device)
+        words = speech.words(self.embedding[tokens.clamp_min(0)])
+        return torch.where(tokens[:, None] == EMPTY, speech.empty(), words), tokens != EMPTY
+
+    def _loss(self, exercises: Sequence[Exercise], pages: Sequence[Tensor]) -> Tensor:
         rows, answers = [], []
-        for picture, question, text, whole in exercises:
-            tokens = wanted(picture.lines, self.speller, picture.caption).tokens.to(self.embedding.device)
-            said = torch.where(
-                tokens[:, None] == EMPTY, speech.empty(), speech.words(self.embedding[tokens.clamp_min(0)])
-            )
+        for (_, question, text, whole), said in zip(exercises, pages, strict=True):
             answer = self.speller.ids(text) + self.end if whole else self.speller.ids(text)[:_ANSWERED]
             before, after = self._around(question)
             parts = [self._embedded(before), said.to(self.embedding.dtype), self._embedded(after + answer)]

@@ -38,6 +38,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 NUMBERS = ("one", "two", "three", "four")
 _WORD = re.compile(r"""[("']?(?:[A-Za-z]+(?:['-][A-Za-z]+)*|\d{1,4})[.,;:!?)"']{0,2}""")
 _MOST_LINES = 10
+_ALIKE = 0.01  # share of a letter's width by which fonts may differ and still be set alike
 LIST_WIDTH = 15  # characters of a line of FigStep's lists
 
 
@@ -119,12 +120,14 @@ class Face:
 class Painter:
     """Draws pictures, and shrinks them to squares of so many `pixels` a side, as a tower sees them.
 
-    fonts: of any text; list_font: of lists in FigStep's style; lists: their share of all pictures.
+    fonts: of any text; list_fonts: of lists in FigStep's style, its own first; lists: their share of all pictures.
     """
 
-    def __init__(self, fonts: Sequence[Path], list_font: Path, phrases: Phrases, pixels: int, lists: float) -> None:
+    def __init__(
+        self, fonts: Sequence[Path], list_fonts: Sequence[Path], phrases: Phrases, pixels: int, lists: float
+    ) -> None:
         self.fonts = tuple(fonts)
-        self.list_font = list_font
+        self.list_fonts = tuple(list_fonts)
         self.phrases = phrases
         self.pixels = pixels
         self.lists = lists
@@ -144,7 +147,7 @@ class Painter:
         """A text as FigStep draws it, with three empty items below or without."""
         below = ["1.", "2.", "3."] if items else []
         lines = textwrap.wrap(text, LIST_WIDTH)[: _MOST_LINES - len(below)] + below
-        return self._text(lines, self.list_font, 40, (380, 380), 10, 5, 5, "list")
+        return self._text(lines, self.list_fonts[0], 40, (380, 380), 10, 5, 5, "list")
 
     def _face(self, file: Path, size: int) -> Face:
         if (file, size) not in self._faces:
@@ -153,7 +156,7 @@ class Painter:
 
     def lined(self, rng: random.Random) -> tuple[Line, ...]:
         """What stands where in a list of FigStep's own measures; nothing is drawn."""
-        face = self._face(self.list_font, 40)
+        face = self._face(self.list_fonts[0], 40)
         return tuple(
             line for _, _, line in _laid_out(self._items(rng), face, (380, 380), 10, 5, face.capital_below + 5)
         )
@@ -169,9 +172,10 @@ class Painter:
     def _list(self, rng: random.Random) -> Picture:
         """FigStep's: 760 x 760, 80 pixels, wrapped at 15 characters, three empty items; most half as large."""
         lines = self._items(rng)
-        file = self.list_font if rng.random() < 0.9 else rng.choice(self.fonts)
+        chance = rng.random()
+        file = self.list_fonts[0] if chance < 0.5 else rng.choice(self.list_fonts if chance < 0.9 else self.fonts)
         part = 1 if rng.random() < 0.3 else 2
-        size = 80 if file == self.list_font and rng.random() < 0.9 else rng.randint(66, 80)
+        size = 80 if file in self.list_fonts and rng.random() < 0.9 else rng.randint(66, 80)
         left, top = (20, 10) if rng.random() < 0.88 else (rng.randint(5, 40), rng.randint(2, 30))
         page = (760 // part, 760 // part)
         return self._text(lines, file, size // part, page, left // part, top // part, 11 // part, "list")
@@ -349,14 +353,21 @@ def default_fonts() -> tuple[Path, ...]:
     raise MissingExtra("without --fonts the fonts of matplotlib are used: pip install 'stockade[demo]'")
 
 
-def letter_font(fonts: Sequence[Path]) -> Path:
-    """FigStep's FreeMonoBold if it is there, else a font whose letters are equally wide, bold if there is one."""
+def letter_fonts(fonts: Sequence[Path]) -> tuple[Path, ...]:
+    """Fonts whose letters are as wide as those of the first, which is FigStep's FreeMonoBold if it is there, else one
+    whose letters are equally wide, bold if there is one."""
 
-    def merit(file: Path) -> tuple[bool, bool, bool]:
-        face = ImageFont.truetype(str(file), 24)
-        return file.stem == "FreeMonoBold", face.getlength("i") == face.getlength("W"), "Bold" in file.stem
+    def widths(file: Path) -> tuple[float, float]:
+        face = ImageFont.truetype(str(file), 240)
+        return face.getlength("i"), face.getlength("W")
 
-    return max(fonts, key=merit)
+    known = {file: widths(file) for file in fonts}
+    first = max(
+        fonts, key=lambda file: (file.stem == "FreeMonoBold", known[file][0] == known[file][1], "Bold" in file.stem)
+    )
+    narrow, wide = known[first]
+    like = [file for file in fonts if max(abs(known[file][0] - narrow), abs(known[file][1] - wide)) <= _ALIKE * wide]
+    return (first, *(file for file in like if file != first))
 
 
 def _draws_letters(file: Path) -> bool:

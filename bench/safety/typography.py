@@ -54,9 +54,9 @@ def key_phrase(phrase: str) -> Typography:
 
 
 def _letters() -> Path | None:
-    from ...train.pictures import default_fonts, letter_font
+    from ...train.pictures import default_fonts, letter_fonts
 
     try:
-        return letter_font(default_fonts())
+        return letter_fonts(default_fonts())[0]
     except MissingExtra:
         return None

@@ -23,7 +23,7 @@ from .json_file import read_json
 from .kv_scales import TEXT, measured
 from .model import Backbone
 from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_config, random_tensor
-from .sources import BUNDLES, Checkpointed, is_eyes, local_source
+from .sources import BUNDLES, SMOL_EYES, Checkpointed, is_eyes, local_source
 from .vision.adapter import VisionAdapter
 from .vision.families import ADAPTERS
 from .vision.llava import LlavaVision
@@ -68,7 +68,9 @@ class Backbones:
 
     def _read(self, source: Checkpointed) -> Loaded:
         if isinstance(source, tuple) and is_eyes(source[0]):
-            return self._with_eyes(Path(source[0]), source[1])
+            return self._with_eyes(Path(source[0]), local_source(source[1]))
+        if str(source) in BUNDLES:
+            return self._with_eyes(SMOL_EYES, local_source(str(source)))
         checkpoint = _open(source)
         if self.weights is not None and checkpoint.quantized:
             raise CannotQuantize(

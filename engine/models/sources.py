@@ -12,6 +12,7 @@ ONNX = "onnx:"
 HEAD_FILE = "head.safetensors"
 BUNDLES = ("smol",)
 _DATA = Path(__file__).parent / "data"
+SMOL_EYES = _DATA / "smol-eyes.safetensors"
 SMOL_DETECTOR = _DATA / "smol-detector.safetensors"
 SMOL_PROBE = _DATA / "smol-probe.safetensors"
 SMOL_JUDGE = "smol-judge"  # as detector of the bundle: trained on what tests the others

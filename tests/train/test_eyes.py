@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from stockade.cli import app
@@ -43,7 +43,7 @@ from stockade.train.eyes_model import (
     pixels_of,
 )
 from stockade.train.eyes_quality import evaluate, read_pictures, scene_question, words_read
-from stockade.train.eyes_speech import exercise
+from stockade.train.eyes_speech import Reader, Speech, exercise
 from stockade.train.eyes_targets import EMPTY, Speller, wanted
 from stockade.train.eyes_texts import Texts, read_texts
 from stockade.train.loop import AnotherRun
@@ -201,9 +201,8 @@ def test_it_trains_resumes_to_the_same_result_and_engine_and_transformers_read_i
 def tiny_eyes() -> tuple[Eyes, Lesson]:
     torch.manual_seed(0)
     eyes = Eyes(eyes_config(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4), 3))
-    return eyes, Lesson(
-        Speller(byte_tokenizer(320).backend_tokenizer), torch.randn(320, 64), torch.randn(SIDE**2, 64)
-    )
+    speller = Speller(byte_tokenizer(320).backend_tokenizer)
+    return eyes, Lesson(speller, torch.randn(320, 64), torch.randn(SIDE**2, 64), torch.eye(64))
 
 
 def test_letters_and_words_are_learned_by_layers_of_their_own(painter: Painter) -> None:
@@ -290,7 +289,7 @@ def test_lists_that_are_not_drawn_stand_where_drawn_ones_do(painter: Painter) ->
 def test_every_word_is_told_from_those_it_is_taken_for() -> None:
     tokenizer = byte_tokenizer(320)
     embedding = torch.randn(320, 64)
-    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding, torch.randn(SIDE * SIDE, 64))
+    lesson = Lesson(Speller(tokenizer.backend_tokenizer), embedding, torch.randn(SIDE**2, 64), torch.eye(64))
     beginnings = {id: tokenizer.decode([id]).strip().lower()[:3] for id in lesson.vocabulary.tolist()}
     distances = torch.cdist(embedding, embedding[lesson.vocabulary])
     for id in lesson.vocabulary.tolist():
@@ -310,6 +309,42 @@ def test_the_library_has_the_half_of_each_kind_that_is_read_best(painter: Painte
     # of three times as many, (3 n + 1) // 2 and not (n + 1) // 2
     _, _, every = keys_of(lesson.asked(pictures).letters).unique(return_inverse=True, return_counts=True)
     assert torch.equal(known.counts[letters], (3 * every[1:] + 1) // 2)
+
+
+def test_errors_that_the_model_minds_count_more(checkpoint: Callable[[str], Path], painter: Painter) -> None:
+    base = checkpoint("llama-mha-tied")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
+    token = image_token(tokenizer)
+    tokenizer.chat_template = template_with_images(tokenizer.chat_template or "", token)
+    reader = Reader(language, tokenizer, token, Speller(tokenizer.backend_tokenizer))
+    speech = Speech(reader.embedding, reader.blank)
+    torch.manual_seed(0)
+    some = [exercise(painter, (), "0", number) for number in range(6)]
+    felt = reader.sensitivity(speech, some)
+    assert felt.trace() == pytest.approx(len(felt), rel=1e-3)
+    values, directions = torch.linalg.eigh(felt)
+    assert values[0] > -1e-4
+    # what it costs to be wrong in the direction that is minded most, and in the one that is minded least
+    exact = [reader._said(speech, one.picture) for one in some]
+
+    def cost(direction: torch.Tensor) -> float:
+        with torch.no_grad():
+            losses = [
+                reader._loss([one], [said + by * spoken[:, None] * direction])
+                for one, (said, spoken) in zip(some, exact, strict=True)
+                for by in (0.3, -0.3)
+            ]
+        return sum(abs(float(up - down)) for up, down in zip(losses[::2], losses[1::2], strict=True))
+
+    assert cost(directions[:, -1]) > cost(directions[:, 0])
+    lesson = Lesson(reader.speller, speech.words(reader.embedding).detach(), speech.empty().detach(), felt)
+    tokens, patch = torch.tensor([70, 71]), torch.tensor([0, 1])
+    losses = []
+    for direction in (directions[:, -1], directions[:, 0]):
+        torch.manual_seed(0)
+        losses.append(lesson._choice(lesson.embedding[tokens] + 0.1 * direction, patch, tokens))
+    assert losses[0] > losses[1]
 
 
 def test_exercises_ask_for_the_text_or_for_an_answer_to_it(painter: Painter) -> None:
