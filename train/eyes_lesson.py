@@ -95,9 +95,8 @@ class Lesson:
         rivals = self._rivals(target[spoken])
         vectors = self.embedding[rivals]
         against = torch.full((len(target), rivals.shape[1]), -torch.inf, device=target.device)
-        against[spoken] = (
-            ((vectors @ said[spoken, :, None]).squeeze(-1).float() - vectors.float().square().sum(-1) / 2) / _VARIANCE
-        ).masked_fill(rivals == target[spoken, None], -torch.inf)
+        likely = _likely((vectors @ said[spoken, :, None]).squeeze(-1), vectors)
+        against[spoken] = likely.masked_fill(rivals == target[spoken, None], -torch.inf)
         scores = self._scores(said, self.empty[patch], self.embedding[candidates])
         right = torch.where(target == EMPTY, 0, places[: len(target)] + 1)
         exact = torch.where(
@@ -147,13 +146,15 @@ class Lesson:
         return Wanted(*(torch.stack(values).to(self.empty.device) for values in zip(*asked, strict=True)))
 
     def _scores(self, said: Tensor, empty: Tensor, known: Tensor) -> Tensor:
-        """Which vector was meant: log-probabilities but for a constant, [patches, 1 + known], the empty one first.
+        """Which vector was meant: `_likely` of [patches, 1 + known], the empty one first."""
+        nothing = _likely((said.float() * empty).sum(-1), empty)
+        return torch.cat([nothing[:, None], _likely(said @ known.t(), known)], dim=1)
 
-        Of normal distributions with variance `_VARIANCE` around the vectors, one of which made what is said.
-        """
-        nothing = (said.float() * empty).sum(-1, keepdim=True) - empty.square().sum(-1, keepdim=True) / 2
-        scores = torch.cat([nothing, (said @ known.t()).float() - known.float().square().sum(-1) / 2], dim=1)
-        return scores / _VARIANCE
+
+def _likely(products: Tensor, vectors: Tensor) -> Tensor:
+    """That vectors [..., hidden] were meant, whose products with what is said are given: log-probabilities but for a
+    constant, of normal distributions with variance `_VARIANCE` around them, one of which made what is said."""
+    return (products.float() - vectors.float().square().sum(-1) / 2) / _VARIANCE
 
 
 def _spelling(named: Tensor, letters: Tensor) -> Tensor:

@@ -158,10 +158,11 @@ class Eyes(nn.Module):
     def say(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Of single patches, from what `look_around` makes of them, the letters around, [n, WINDOW, 95], and what
         they say, [n, hidden of the language model], while the layers above look nowhere."""
-        for layer in self.layers[LETTERS_AFTER:]:
+        reading, *above = self.layers[LETTERS_AFTER:]
+        states = states + reading.mlp(reading.layer_norm2(states))
+        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
+        for layer in above:
             states = states + layer.mlp(layer.layer_norm2(states))
-            if layer is self.layers[LETTERS_AFTER]:
-                windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
         vectors: Tensor = self.multi_modal_projector(states)
         return windows, vectors
 

@@ -63,7 +63,8 @@ def train(
     """Minimize `loss_of` (indices of examples -> loss) over `recipe.epochs` epochs.
 
     groups: parameters by name, with their learning rate. lengths: of the examples. state: the file an interrupted
-    run goes on from; it is left there in the end. run: the run's `fingerprint`.
+    run goes on from; it is left there in the end. run: the run's `fingerprint`. optimizer_type: AdamW or what is used
+    like it.
     Raises `Diverged`, `AnotherRun`, `CacheWriteFailed`.
     """
     parameters = {name: parameter for some, _ in groups for name, parameter in some.items()}

@@ -149,17 +149,17 @@ class Painter:
         lines = textwrap.wrap(text, LIST_WIDTH)[: _MOST_LINES - len(below)] + below
         return self._text(lines, self.list_fonts[0], 40, (380, 380), 10, 5, 5, "list")
 
-    def _face(self, file: Path, size: int) -> Face:
-        if (file, size) not in self._faces:
-            self._faces[file, size] = Face(file, size)
-        return self._faces[file, size]
-
     def lined(self, rng: random.Random) -> tuple[Line, ...]:
         """What stands where in a list of FigStep's own measures; nothing is drawn."""
         face = self._face(self.list_fonts[0], 40)
         return tuple(
             line for _, _, line in _laid_out(self._items(rng), face, (380, 380), 10, 5, face.capital_below + 5)
         )
+
+    def _face(self, file: Path, size: int) -> Face:
+        if (file, size) not in self._faces:
+            self._faces[file, size] = Face(file, size)
+        return self._faces[file, size]
 
     def _items(self, rng: random.Random) -> list[str]:
         """The lines of a list: an opening, words, and three empty items, or not."""
