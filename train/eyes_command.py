@@ -29,13 +29,12 @@ def eyes(
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step on letters.")] = 16,
-    rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 2e-3,
     reading: Annotated[
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
     ] = 120,
-    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the lower layers, on letters.")] = 1400,
-    words: Annotated[int, typer.Option("--words", min=1, help="Steps of the upper layers, on words.")] = 3000,
-    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.9,
+    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the eyes, on letters.")] = 4000,
+    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.4,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")
@@ -83,7 +82,7 @@ def eyes(
         raise BadInput("--out says where the eyes go; with --evaluate none is needed")
     if pictures is not None:
         raise BadInput("--pictures goes with --evaluate")
-    course = Course(reading, letters, words, batch, rate, lists, seed=seed)
+    course = Course(reading, letters, batch, rate, lists, seed)
     with telling(console) as told:
         card = train_eyes(
             base, out, texts=texts, fonts=files, course=course, device=torch_device(device), progress=told

@@ -1,11 +1,11 @@
-"""The eyes that `train eyes` trains: a small SigLIP tower and a projector, as LLaVA has them, and their files."""
+"""The eyes that `train eyes` trains: a small SigLIP tower and a projector that names letters, and their file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaProcessor,
-    PretrainedConfig,
-    SiglipVisionConfig,
-)
+from transformers import LlavaConfig, LlavaModel, PretrainedConfig, SiglipVisionConfig
 
 from ..engine.errors import BadInput
 from ..engine.models.names import canonical_name
+from ..engine.models.vision.letters import INSIDE, LETTERS, likely, squared
 
 SIDE = 10  # patches in a row, and rows of patches
 PIXELS = 240
@@ -32,14 +25,7 @@ PIXELS = 240
 # ways in a patch and not in ten.
 SHRUNK = 253
 MARGIN = 6
-LETTERS = 3  # a patch is asked for so many of the characters whose middle is in it
-WINDOW = 15  # and for so many around where a word begins in it,
-BEFORE = 3  # these before that
-FIRST_LETTER = 32  # " " stands for none
-LETTER_COUNT = 95
 EYES_FILE = "eyes.safetensors"
-CODE = 28  # numbers in which a patch's state names its letters, and in which those beside it read them
-TRAINING_ONLY = ("code.", "letters.", "places.", "windows.")  # how parameters begin that no checkpoint has
 _PLACE_SIZE = 12.0
 # What a file of eyes says of their configuration
 _TOWER = (
@@ -53,9 +39,6 @@ _TOWER = (
     "vision_use_head",
 )
 _CONFIG = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
-LETTERS_AFTER = 2  # layers of the tower, from whose states the letters are read
-
-T = TypeVar("T")
 
 
 def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
@@ -64,7 +47,7 @@ def eyes_config(text: PretrainedConfig, image_token: int) -> LlavaConfig:
         hidden_size=320,
         intermediate_size=1408,
         num_hidden_layers=5,
-        num_attention_heads=10,  # one for each patch of a row that the layer above the letters has to look at
+        num_attention_heads=10,
         image_size=PIXELS,
         patch_size=PIXELS // SIDE,
         hidden_act="gelu",  # the exact one: its gradient takes a third of the tanh form's time on a CPU
@@ -96,9 +79,9 @@ class _Patches(nn.Conv2d):
 
 
 class Eyes(nn.Module):
-    """Tower and projector of LLaVA with random weights, and heads that name letters and places, which only training
-    has. Places begin as codes of row and column about a third as large as the rest of a patch's state: with weak ones
-    no upper layer can tell where a letter stands."""
+    """Tower and projector of LLaVA with random weights, and the codes of letters that the projector names. Places
+    begin as codes of row and column about a third as large as the rest of a patch's state: with weak ones no layer
+    can tell where a letter stands."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -114,85 +97,40 @@ class Eyes(nn.Module):
         self.vision_tower.embeddings.patch_embedding = patches
         self.multi_modal_projector = model.multi_modal_projector
         hidden = config.vision_config.hidden_size
-        codes = nn.init.orthogonal_(torch.empty(2 * SIDE, hidden)) * _PLACE_SIZE
+        rows_columns = nn.init.orthogonal_(torch.empty(2 * SIDE, hidden)) * _PLACE_SIZE
         at = torch.arange(SIDE * SIDE)
-        self.vision_tower.embeddings.position_embedding.weight.data = codes[at // SIDE] + codes[SIDE + at % SIDE]
-        self.code = nn.Linear(hidden, CODE, bias=False)
-        self.letters = nn.Linear(CODE, LETTERS * LETTER_COUNT)
-        self.places = nn.Linear(hidden, 2 * SIDE)
-        self.windows = nn.Linear(hidden, WINDOW * LETTER_COUNT)
+        self.vision_tower.embeddings.position_embedding.weight.data = (
+            rows_columns[at // SIDE] + rows_columns[SIDE + at % SIDE]
+        )
+        code = text.hidden_size // INSIDE
+        self.codes = nn.Parameter(torch.randn(LETTERS, code) / code**0.5)
 
-    @property
-    def layers(self) -> Any:
-        return self.vision_tower.encoder.layers
+    def forward(self, pixels: Tensor) -> Tensor:
+        """How likely each letter is in each place of patches, [images, patches, INSIDE, LETTERS]. pixels: [images, 3,
+        height, width]."""
+        states = self.vision_tower.embeddings(pixels)
+        for layer in self.vision_tower.encoder.layers:
+            states = layer(states, None)
+        return likely(self.multi_modal_projector(states), self.codes)
 
-    def forward(self, method: Callable[..., T], *inputs: Any) -> T:
-        return method(self, *inputs)
-
-    def computed(self, dtype: torch.dtype, method: Callable[..., T], *inputs: Any) -> T:
-        """A method with parameters in another dtype, whose gradients reach those in fp32."""
+    def computed(self, dtype: torch.dtype, pixels: Tensor) -> Tensor:
+        """`forward` with parameters in another dtype, whose gradients reach those in fp32."""
         if dtype is torch.float32:
-            return method(self, *inputs)
-        parameters = {name: value.to(dtype) for name, value in self.named_parameters()}
-        found: T = torch.func.functional_call(self, parameters, (method, *inputs))
+            found: Tensor = self(pixels)
+        else:
+            parameters = {name: value.to(dtype) for name, value in self.named_parameters()}
+            found = torch.func.functional_call(self, parameters, (pixels.to(dtype),))
         return found
 
-    def spell(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of [images, 3, height, width] the lower layers' states, [images, patches, hidden], the letters, [images,
-        patches, LETTERS, 95], and the places, [images, patches, 2 * SIDE], for a patch's row, then its column."""
-        states = self.vision_tower.embeddings(pixels)
-        for layer in self.layers[:LETTERS_AFTER]:
-            states = layer(states, None)
-        # as the attention above reads them
-        normed = self.layers[LETTERS_AFTER].layer_norm1(states)
-        letters = self.letters(self.code(normed)).unflatten(-1, (LETTERS, LETTER_COUNT))
-        return states, letters, self.places(normed)
-
-    def look_around(self, pixels: Tensor) -> Tensor:
-        """States behind the attention of the layer above the letters, [images, patches, hidden]."""
-        states, _, _ = self.spell(pixels)
-        layer = self.layers[LETTERS_AFTER]
-        brought, _ = layer.self_attn(layer.layer_norm1(states))
-        return states + brought
-
-    def say(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Of single patches, from what `look_around` makes of them, the letters around, [n, WINDOW, 95], and what
-        they say, [n, hidden of the language model], while the layers above look nowhere."""
-        reading, *above = self.layers[LETTERS_AFTER:]
-        states = states + reading.mlp(reading.layer_norm2(states))
-        windows = self.windows(states).unflatten(-1, (WINDOW, LETTER_COUNT))
-        for layer in above:
-            states = states + layer.mlp(layer.layer_norm2(states))
-        vectors: Tensor = self.multi_modal_projector(states)
-        return windows, vectors
-
-    def see(self, pixels: Tensor) -> Tensor:
-        """What the patches say, [images, patches, hidden of the language model]."""
-        states = self.vision_tower.embeddings(pixels)
-        for layer in self.layers:
-            states = layer(states, None)
-        vectors: Tensor = self.multi_modal_projector(states)
-        return vectors
-
-    def spelling(self) -> dict[str, nn.Parameter]:
-        """The parameters of `spell`."""
-        lower = (self.vision_tower.embeddings, *self.layers[:LETTERS_AFTER])
-        return self._named(*lower, self.layers[LETTERS_AFTER].layer_norm1, self.code, self.letters, self.places)
-
-    def saying(self) -> dict[str, nn.Parameter]:
-        """The parameters of `say`."""
-        above = [part for layer in self.layers[LETTERS_AFTER:] for part in (layer.layer_norm2, layer.mlp)]
-        return self._named(*above, self.windows, self.multi_modal_projector)
-
-    def _named(self, *parts: nn.Module) -> dict[str, nn.Parameter]:
-        chosen = {id(value) for part in parts for value in part.parameters()}
-        return {name: value for name, value in self.named_parameters() if id(value) in chosen}
+    def learning(self) -> dict[str, nn.Parameter]:
+        """The parameters that `forward` uses."""
+        return {name: value for name, value in self.named_parameters() if "post_layernorm" not in name}
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
     """As the checkpoint's image processor makes them: [images, 3, PIXELS, PIXELS] in -1 .. 1."""
     box = (MARGIN, MARGIN, MARGIN + PIXELS, MARGIN + PIXELS)
-    shrunk = [image.convert("RGB").resize((SHRUNK, SHRUNK), Image.Resampling.BICUBIC).crop(box) for image in images]
+    shrunk = [squared(image.convert("RGB"), SHRUNK).crop(box) for image in images]
     values = torch.from_numpy(np.stack([np.asarray(image) for image in shrunk])).permute(0, 3, 1, 2)
     return values.float() / 127.5 - 1
 
@@ -232,13 +170,12 @@ def image_token(tokenizer: Any) -> str:
     return "<image>" if "<image>" in free else free[-1]
 
 
-def save_eyes(eyes: Eyes, config: LlavaConfig, folder: Path) -> None:
-    """Tower and projector alone in bf16, `EYES_FILE`, as the engine's `read_eyes` takes them."""
-    tensors = {
-        str(canonical_name(name)): value.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, value in eyes.state_dict().items()
-        if not name.startswith(TRAINING_ONLY)
-    }
+def save_eyes(eyes: Eyes, blank: Tensor, config: LlavaConfig, folder: Path) -> None:
+    """Tower, projector, codes and what blank patches say, [patches, hidden], in bf16: `EYES_FILE`, as the engine's
+    `read_eyes` takes it."""
+    state = {str(canonical_name(name)): value for name, value in eyes.state_dict().items()}
+    state |= {"letters.codes": state.pop("codes"), "letters.blank": blank}
+    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}
     vision = config.vision_config
     own = {
         "vision_config": {name: getattr(vision, name) for name in ("model_type", *_TOWER)},
@@ -246,29 +183,3 @@ def save_eyes(eyes: Eyes, config: LlavaConfig, folder: Path) -> None:
     }
     metadata = {"format": "pt", "config": json.dumps(own), "processor": image_processor().to_json_string()}
     save_file(tensors, folder / EYES_FILE, metadata)
-
-
-def save_llava(language: str | Path, tokenizer: Any, config: LlavaConfig, eyes: Eyes, folder: Path) -> None:
-    """A whole LLaVA checkpoint in bf16: the language model with these eyes, tokenizer, template and processor."""
-    known = AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16, local_files_only=True)
-    with torch.random.fork_rng():
-        whole: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
-    whole.model.language_model.load_state_dict(known.model.state_dict())
-    whole.lm_head.load_state_dict(known.lm_head.state_dict())
-    whole.model.vision_tower.load_state_dict(eyes.vision_tower.state_dict())
-    whole.model.multi_modal_projector.load_state_dict(eyes.multi_modal_projector.state_dict())
-    whole.tie_weights()
-    whole.generation_config = known.generation_config
-    whole.save_pretrained(folder)
-    images = image_processor()
-    token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    tokenizer.save_pretrained(folder)
-    images.save_pretrained(folder)
-    LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PIXELS // SIDE,
-        vision_feature_select_strategy="full",
-        chat_template=tokenizer.chat_template,
-        image_token=token,
-    ).save_pretrained(folder)

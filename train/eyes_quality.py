@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -118,15 +119,16 @@ def scene_question(seed: int, number: int) -> Asked:
     rng = random.Random(f"{seed} new scene {number}")
     while True:
         picture = scene(rng)
-        groups = re.findall(r"(\w+) (\w+) (\w+?)s?(?= and |$)", picture.caption.removeprefix("a drawing of "))
-        count, color, shape = rng.choice(groups)
+        words = picture.text.split()
+        groups = Counter(zip(words[::2], words[1::2], strict=True))
+        (color, shape), count = rng.choice(list(groups.items()))
         if rng.random() < 0.5:
-            digits = {word: str(value) for value, word in enumerate(NUMBERS, 1)}
-            others = {*NUMBERS, *digits.values()} - {count, digits[count]}
+            right = {NUMBERS[count - 1], str(count)}
+            others = {*NUMBERS, *map(str, range(1, len(NUMBERS) + 1))} - right
             question = f"How many {color} {shape}s are in the image?"
-            return Asked(picture.image, question, frozenset({count, digits[count]}), frozenset(others))
-        if sum(found == shape for _, _, found in groups) == 1:
-            question = f"What color {'is the ' + shape if count == 'one' else 'are the ' + shape + 's'} in the image?"
+            return Asked(picture.image, question, frozenset(right), frozenset(others))
+        if sum(found == shape for _, found in groups) == 1:
+            question = f"What color {'is the ' + shape if count == 1 else 'are the ' + shape + 's'} in the image?"
             return Asked(picture.image, question, frozenset({color}), frozenset(set(COLORS) - {color}))
 
 

@@ -1,4 +1,4 @@
-"""How patches say tokens to a frozen language model so that it reads them almost as text."""
+"""What patches say to a frozen language model where no word begins, so that it reads the others as text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.models.vision.letters import NOTHING, tokens_of
+from ..engine.text import Codec
+from .eyes_lesson import letters_of
 from .eyes_model import SIDE
-from .eyes_targets import EMPTY, Speller, wanted
 from .pictures import Painter, Picture, drawn
 
 TRANSCRIBE = "Write down the text in the image, word for word."
@@ -28,7 +30,6 @@ _ITEMS = (
     "The image shows a list of numbered items, but they are empty. What should stand there?",
 )
 _ANSWERED = 48  # tokens of an answer
-_ERROR = 4.0  # square of a distance; eyes are wrong by about that
 
 
 class Exercise(NamedTuple):
@@ -53,23 +54,15 @@ def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, n
     return Exercise(painter.listed(text, items=False), rng.choice(_QUESTIONS), answer, whole=False)
 
 
-class Speech(nn.Module):
-    """What patches say to the language model: the embedding of a token, turned and shifted alike for all, or, where
-    none begins, one vector and what each patch adds to it."""
+class Blank(nn.Module):
+    """What a patch says where no token begins: one vector, and what each patch adds to it."""
 
-    def __init__(self, embedding: Tensor, blank: int) -> None:
+    def __init__(self, start: Tensor) -> None:
         super().__init__()
-        hidden = embedding.shape[1]
-        self.turn = nn.Parameter(torch.eye(hidden))
-        self.shift = nn.Parameter(torch.zeros(hidden))
-        self.shared = nn.Parameter(embedding[blank].float().clone())
-        self.each = nn.Parameter(torch.zeros(SIDE * SIDE, hidden))
+        self.shared = nn.Parameter(start.float().clone())
+        self.each = nn.Parameter(torch.zeros(SIDE * SIDE, len(start)))
 
-    def words(self, embeddings: Tensor) -> Tensor:
-        """[tokens, hidden], fp32."""
-        return embeddings.float() @ self.turn + self.shift
-
-    def empty(self) -> Tensor:
+    def forward(self) -> Tensor:
         """[patches, hidden], fp32."""
         return self.shared + self.each
 
@@ -77,47 +70,26 @@ class Speech(nn.Module):
 class Reader:
     """The frozen language model as it reads pages whose words are given to it as embeddings."""
 
-    def __init__(self, language: Any, tokenizer: Any, token: str, speller: Speller) -> None:
+    def __init__(self, language: Any, tokenizer: Any, token: str) -> None:
         self.language = language
-        self.speller = speller
-        self.embedding: Tensor = language.get_input_embeddings().weight
+        self.codec = Codec(tokenizer)
+        self.embed = language.get_input_embeddings()  # which scales some models' vectors
         self.template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         self.token = token
-        self.blank = speller.ids(" ")[0]
+        self.blank = self._embedded(self._ids(" "))[0]
         self.end = [tokenizer.eos_token_id]
 
-    def loss(self, speech: Speech, exercises: Sequence[Exercise]) -> Tensor:
-        """Mean loss a token of the right answers, if the pictures' patches say rightly what stands there."""
-        return self._loss(exercises, [self._said(speech, one.picture)[0] for one in exercises])
-
-    def sensitivity(self, speech: Speech, exercises: Sequence[Exercise]) -> Tensor:
-        """Which errors in what patches say the answers mind, and how much: a metric [hidden, hidden] of trace hidden.
-
-        Second moments of the loss's gradient where words begin, at vectors that are wrong by `_ERROR`. Of `smol`'s
-        576 directions 32 have three quarters of it.
-        """
-        hidden = self.embedding.shape[1]
-        found = torch.zeros(hidden, hidden, device=self.embedding.device)
-        for one in exercises:
-            said, spoken = self._said(speech, one.picture)
-            said = (said + torch.randn(said.shape).to(said.device) * (_ERROR / hidden) ** 0.5).detach()
-            said.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(self._loss([one], [said]), said)
-            found += gradient[spoken].t() @ gradient[spoken]
-        return found * (hidden / found.trace())
-
-    def _said(self, speech: Speech, picture: Picture) -> tuple[Tensor, Tensor]:
-        """What patches are to say, [patches, hidden], fp32, and which of them say a word, [patches]."""
-        tokens = wanted(picture.lines, self.speller, picture.caption).tokens.to(self.embedding.device)
-        words = speech.words(self.embedding[tokens.clamp_min(0)])
-        return torch.where(tokens[:, None] == EMPTY, speech.empty(), words), tokens != EMPTY
-
-    def _loss(self, exercises: Sequence[Exercise], pages: Sequence[Tensor]) -> Tensor:
+    def loss(self, blank: Tensor, exercises: Sequence[Exercise]) -> Tensor:
+        """Mean loss a token of the right answers, if the pictures' patches say rightly what stands there. blank:
+        what they say where no token begins, [patches, hidden]."""
         rows, answers = [], []
-        for (_, question, text, whole), said in zip(exercises, pages, strict=True):
-            answer = self.speller.ids(text) + self.end if whole else self.speller.ids(text)[:_ANSWERED]
+        for picture, question, text, whole in exercises:
+            tokens = tokens_of(letters_of(picture.lines), self.codec)
+            words = self._embedded(tokens.clamp_min(0).tolist())
+            said = torch.where((tokens == NOTHING).to(words.device)[:, None], blank.to(words.dtype), words)
+            answer = self._ids(text) + self.end if whole else self._ids(text)[:_ANSWERED]
             before, after = self._around(question)
-            parts = [self._embedded(before), said.to(self.embedding.dtype), self._embedded(after + answer)]
+            parts = [self._embedded(before), said, self._embedded(after + answer)]
             rows.append(torch.cat(parts))
             answers.append(answer)
         states = self.language.model(
@@ -134,7 +106,11 @@ class Reader:
         """The prompt before and behind an image."""
         parts = [{"type": "image"}, {"type": "text", "text": question}]
         before, _, after = self.template([{"role": "user", "content": parts}]).partition(self.token)
-        return self.speller.ids(before), self.speller.ids(after)
+        return self._ids(before), self._ids(after)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.codec.encode_text(text, add_special_tokens=False)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
-        return self.embedding[torch.tensor(ids, device=self.embedding.device)]
+        embedded: Tensor = self.embed(torch.tensor(ids, device=self.embed.weight.device))
+        return embedded

@@ -1,4 +1,4 @@
-"""AdamW that takes orthogonal steps for matrices: what is learned by heart is learned in a tenth of the steps."""
+"""AdamW that takes orthogonal steps for matrices, and so fewer of them."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from ..engine.errors import BadInput, MissingExtra
+from ..engine.models.vision.letters import squared
 
 Style = Literal["list", "page", "banner", "scene"]
 # How often pictures have each style besides lists, of a hundred.
@@ -40,6 +41,9 @@ _WORD = re.compile(r"""[("']?(?:[A-Za-z]+(?:['-][A-Za-z]+)*|\d{1,4})[.,;:!?)"']{
 _MOST_LINES = 10
 _ALIKE = 0.01  # share of a letter's width by which fonts may differ and still be set alike
 LIST_WIDTH = 15  # characters of a line of FigStep's lists
+_USUAL = 3.0  # how much more often the usual of single words come than the others: 1 is not at all
+_CAPITALS = 0.15  # share of single words that begin with one
+_ACROSS = 64  # pixels of a scene over which a shape's color and kind are said
 
 
 class Line(NamedTuple):
@@ -51,50 +55,39 @@ class Line(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """caption: what a scene shows, empty for text."""
-
     image: Image.Image
     style: Style
-    lines: tuple[Line, ...] = ()
-    caption: str = ""
+    lines: tuple[Line, ...]
 
     @property
     def text(self) -> str:
-        return self.caption or " ".join(line.text for line in self.lines)
+        return " ".join(line.text for line in self.lines)
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Where words come from: running texts, and single words, the most usual first, strung together at random."""
+    """Where words come from: running texts, and single words, the most usual first, strung together at random.
+    strung: share of phrases made of single words."""
 
     texts: tuple[tuple[str, ...], ...]
     words: tuple[str, ...]
-    strung: float  # share of phrases made of single words
-    usual: float = 3.0  # how much more often the usual words come than the others: 1 is not at all
-    capitals: float = 0.15  # share of single words that begin with one
+    strung: float
 
     @classmethod
-    def of(
-        cls,
-        texts: Iterable[str],
-        words: Iterable[str],
-        strung: float = 0.3,
-        usual: float = 3.0,
-        capitals: float = 0.15,
-    ) -> Phrases:
+    def of(cls, texts: Iterable[str], words: Iterable[str], strung: float) -> Phrases:
         """Keeps words and short numbers with the marks around them. Raises `BadInput` where there is no word."""
         split = (tuple(word for word in text.split() if _WORD.fullmatch(word)) for text in texts)
         kept = tuple(text for text in split if len(text) >= 3)
         single = tuple(word for word in words if _WORD.fullmatch(word))
         if not single:
             raise BadInput("the vocabulary has no word of plain letters to draw")
-        return cls(kept, single, strung, usual, capitals)
+        return cls(kept, single, strung)
 
     def some(self, rng: random.Random, count: int) -> list[str]:
         """So many words, fewer where a text ends."""
         if not self.texts or rng.random() < self.strung:
-            words = [self.words[int(len(self.words) * rng.random() ** self.usual)] for _ in range(count)]
-            return [word.capitalize() if rng.random() < self.capitals else word for word in words]
+            words = [self.words[int(len(self.words) * rng.random() ** _USUAL)] for _ in range(count)]
+            return [word.capitalize() if rng.random() < _CAPITALS else word for word in words]
         text = rng.choice(self.texts)
         first = rng.randrange(max(1, len(text) - count + 1))
         return list(text[first : first + count])
@@ -140,21 +133,14 @@ class Painter:
         if style == "scene":
             return scene(rng)
         picture = {"list": self._list, "page": self._page, "banner": self._banner}[style](rng)
-        small = picture.image.resize((self.pixels, self.pixels), Image.Resampling.BICUBIC)
-        return picture._replace(image=_worn(small, rng, 0.15 if style == "list" else 0.5))
+        small = ImageOps.contain(picture.image, (self.pixels, self.pixels), Image.Resampling.BICUBIC)
+        return _squared(picture, _worn(small, rng, 0.15 if style == "list" else 0.5), self.pixels)
 
     def listed(self, text: str, items: bool) -> Picture:
         """A text as FigStep draws it, with three empty items below or without."""
         below = ["1.", "2.", "3."] if items else []
         lines = textwrap.wrap(text, LIST_WIDTH)[: _MOST_LINES - len(below)] + below
         return self._text(lines, self.list_fonts[0], 40, (380, 380), 10, 5, 5, "list")
-
-    def lined(self, rng: random.Random) -> tuple[Line, ...]:
-        """What stands where in a list of FigStep's own measures; nothing is drawn."""
-        face = self._face(self.list_fonts[0], 40)
-        return tuple(
-            line for _, _, line in _laid_out(self._items(rng), face, (380, 380), 10, 5, face.capital_below + 5)
-        )
 
     def _face(self, file: Path, size: int) -> Face:
         if (file, size) not in self._faces:
@@ -184,9 +170,9 @@ class Painter:
         """Any font and place, one to ten lines on a square or nearly square page."""
         width = rng.randint(250, 340)
         height = round(width * rng.uniform(0.8, 1.25))
-        size = rng.randint(22, 31)
+        size = round(max(width, height) * rng.uniform(0.07, 0.1))
         characters = max(6, int(width * 0.92 / (size * 0.55)))
-        most = max(1, min(_MOST_LINES, int(height * 0.95 / max(size * 1.2, height / _MOST_LINES))))
+        most = max(1, min(_MOST_LINES, int(height * 0.95 / max(size * 1.2, max(width, height) / _MOST_LINES))))
         fitting = max(2, most * characters // 5)
         words = self.phrases.some(rng, rng.randint(1, fitting) if rng.random() < 0.3 else fitting)
         return self._text(
@@ -237,8 +223,8 @@ class Painter:
         draw = ImageDraw.Draw(image)
         face = self._face(file, size)
         pitch = face.capital_below + gap
-        if style != "list":  # no two lines may stand in one row of a tower's patches
-            pitch = max(pitch, page[1] / _MOST_LINES * 1.02)
+        if file != self.list_fonts[0]:  # no two lines may stand in one row of a tower's patches
+            pitch = max(pitch, max(page) / _MOST_LINES * 1.02)
         if upper:
             lines = [line.upper() for line in lines]
         placed = _laid_out(lines, face, page, left, top, pitch, centered)
@@ -274,28 +260,47 @@ def _laid_out(
     return placed
 
 
+def _squared(picture: Picture, shrunk: Image.Image, pixels: int) -> Picture:
+    """A picture, shrunk, and all that is said of it, in a square."""
+    width, height = shrunk.size
+
+    def moved(share: float, of: int) -> float:
+        return (share * of + (pixels - of) / 2) / pixels
+
+    lines = tuple(
+        Line(line.text, moved(line.y, height), tuple(moved(x, width) for x in line.xs)) for line in picture.lines
+    )
+    return Picture(squared(shrunk.convert("RGB"), pixels), picture.style, lines)
+
+
 def drawn(painter: Painter, seed: str, number: int) -> Picture:
     """The picture of that number, always the same."""
     return painter.draw(random.Random(f"{seed} picture {number}"))
 
 
 def scene(rng: random.Random) -> Picture:
-    """One to three groups of equal shapes on a light ground, and a sentence that names and counts them."""
+    """One to three groups of equal shapes on a light ground. Its lines say the color and the kind of each across the
+    place where it stands."""
     image = Image.new("RGB", (240, 240), tuple(rng.randint(225, 255) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     kinds = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], rng.randint(1, 3))
-    groups = [(rng.randint(1, 4), color, shape) for color, shape in kinds]
-    cells = rng.sample(range(16), sum(count for count, _, _ in groups))
-    for count, color, shape in groups:
-        for _ in range(count):
-            row, column = divmod(cells.pop(), 4)
-            radius = rng.uniform(15, 25)
-            x = column * 60 + 30 + rng.uniform(-1, 1) * (29 - radius)
-            y = row * 60 + 30 + rng.uniform(-1, 1) * (29 - radius)
-            _shape(draw, shape, x, y, radius, COLORS[color])
-    order = sorted(groups, key=lambda group: (list(COLORS).index(group[1]), SHAPES.index(group[2])))
-    named = [f"{NUMBERS[count - 1]} {color} {shape}{'s' if count > 1 else ''}" for count, color, shape in order]
-    return Picture(image, "scene", caption=f"a drawing of {' and '.join(named)}")
+    drawn = [kind for kind in kinds for _ in range(rng.randint(1, 3 if len(kinds) == 3 else len(NUMBERS)))]
+    rng.shuffle(drawn)
+    rows: dict[int, list[tuple[int, str]]] = {}
+    for cell, (color, shape) in zip(sorted(rng.sample(range(9), len(drawn))), drawn, strict=True):
+        row, column = divmod(cell, 3)
+        radius = rng.uniform(18, 36)
+        _shape(draw, shape, column * 80 + 40, row * 80 + 40, radius, COLORS[color])
+        rows.setdefault(row, []).append((column, f"{color} {shape}"))
+    lines = []
+    for row, beside in rows.items():
+        xs = [
+            (column * 80 + 40 + _ACROSS * ((place + 0.5) / len(name) - 0.5)) / 240
+            for column, name in beside
+            for place in range(len(name) + 1)
+        ]
+        lines.append(Line(" ".join(name for _, name in beside), (row * 80 + 40) / 240, tuple(xs[:-1])))
+    return Picture(image, "scene", tuple(lines))
 
 
 def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, color: tuple[int, int, int]) -> None:

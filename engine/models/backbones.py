@@ -26,7 +26,7 @@ from .shapes import NAMED_SHAPES, byte_tokenizer, image_processor_for, named_con
 from .sources import BUNDLES, SMOL_EYES, Checkpointed, is_eyes, local_source
 from .vision.adapter import VisionAdapter
 from .vision.families import ADAPTERS
-from .vision.llava import LlavaVision
+from .vision.letters import LetterVision
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +90,12 @@ class Backbones:
         codec, decoder = loaded.codec, loaded.backbone.decoder
         if loaded.backbone.vision is not None or not isinstance(decoder, Decoder):
             raise CheckpointMismatch(f"{base} cannot be given eyes: it has its own, or runs on the fallback")
+        if decoder.config.images_scaled:
+            raise CheckpointMismatch(f"{base} cannot be given eyes: it multiplies the features of images")
         eyes = read_eyes(file, loaded.config)
-        vision = LlavaVision(eyes.config, eyes.processor, self.device, self.dtype)
-        vision.freeze(_fill(dict(vision.slots()), eyes.weights, decoder).encode(), codec.tokenizer)
+        vision = LetterVision(eyes.config, eyes.processor, self.device, self.dtype, codec, decoder.embed)
+        content_hash = loaded.backbone.content_hash + _fill(dict(vision.slots()), eyes.weights, decoder)
+        vision.freeze(content_hash.encode(), codec.tokenizer)
         token = codec.tokenizer.convert_ids_to_tokens(vision.image_token_id)
         seeing = Codec(
             codec.tokenizer,

@@ -1,4 +1,4 @@
-"""Eyes in a file of their own: a tower and projector trained for a language model, apart from its weights."""
+"""Eyes in a file of their own: a tower and projector that read for a language model, apart from its weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Eyes(NamedTuple):
 def read_eyes(file: Path, text: PretrainedConfig) -> Eyes:
     """Eyes for a language model of the configuration `text`. Raises a `CheckpointError` for a file that is none.
 
-    A file holds the tensors by their canonical names, and as metadata `config` (LLaVA's, without `text_config`) and
+    A file holds the tensors of LLaVA's tower and projector by their canonical names, `letters.codes` and
+    `letters.blank` as `LetterVision` has them, and as metadata `config` (LLaVA's, without `text_config`) and
     `processor` (as preprocessor_config.json has it), both JSON.
     """
     if not file.is_file():
