@@ -223,7 +223,7 @@ class Painter:
         draw = ImageDraw.Draw(image)
         face = self._face(file, size)
         pitch = face.capital_below + gap
-        if file != self.list_fonts[0]:  # no two lines may stand in one row of a tower's patches
+        if (style, file) != ("list", self.list_fonts[0]):  # no two lines may stand in one row of a tower's patches
             pitch = max(pitch, max(page) / _MOST_LINES * 1.02)
         if upper:
             lines = [line.upper() for line in lines]

@@ -29,19 +29,18 @@ SMOL = Codec(AutoTokenizer.from_pretrained(smol_folder()))
 WORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 
 
-def page(*rows: dict[int, str], side: int = 10) -> torch.Tensor:
+def page(*rows: dict[int, str]) -> torch.Tensor:
     """Letters by row and column."""
-    letters = torch.zeros(side, side, INSIDE, dtype=torch.int64)
+    letters = torch.zeros(10, 10, INSIDE, dtype=torch.int64)
     for row, texts in enumerate(rows):
         for column, text in texts.items():
             letters[row, column, : len(text)] = torch.tensor([letter(one) for one in text])
     return letters.flatten(0, 1)
 
 
-def said(letters: torch.Tensor, codec: Codec = SMOL) -> dict[tuple[int, int], str]:
-    side = round(len(letters) ** 0.5)
-    tokens = enumerate(tokens_of(letters, codec).tolist())
-    return {divmod(patch, side): codec.tokenizer.decode([token]) for patch, token in tokens if token != NOTHING}
+def said(letters: torch.Tensor) -> dict[tuple[int, int], str]:
+    tokens = enumerate(tokens_of(letters, SMOL).tolist())
+    return {divmod(patch, 10): SMOL.tokenizer.decode([token]) for patch, token in tokens if token != NOTHING}
 
 
 def test_words_are_said_where_they_begin() -> None:

@@ -116,6 +116,14 @@ def test_what_a_picture_says_is_its_text(style: str) -> None:
         assert text.strip() == picture.text or any(mark.isdigit() for mark in text)
 
 
+@pytest.mark.parametrize("style", ["page", "banner"])
+def test_no_two_lines_stand_in_one_row_of_patches(style: str) -> None:
+    one_font = painter_of(byte_tokenizer(320), TEXTS, FONTS[:1], 0.6)  # which is that of its lists, too
+    for number in range(60):
+        rows = [patch_at(line.y) for line in one_font.draw(random.Random(number), style).lines]
+        assert len(set(rows)) == len(rows)
+
+
 def test_shapes_are_said_where_they_are() -> None:
     for number in range(20):
         picture = scene(random.Random(number))
