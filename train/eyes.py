@@ -1,8 +1,8 @@
 """Trains eyes: a small vision tower and projector that name the letters they see to a frozen language model.
 
-Two stages. First the language model is shown pages whose patches hold the embeddings of the tokens that begin there,
-and what the other patches say is fitted until it reads them. Then, without the language model, tower and projector
-learn to name the letters of a patch.
+Two stages. First the language model is given the tokens that stand in pictures, and what follows them in an image's
+places is fitted until it reads them. Then, without the language model, tower and projector learn to name the letters
+of a patch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from ..engine.models.checkpoint import open_checkpoint
 from ..engine.models.eyes import template_with_images
 from ..engine.models.loader import fast_dtype
 from ..engine.models.sources import BUNDLES
-from ..engine.models.vision.letters import NOTHING, tokens_of
-from ..engine.text import Codec
+from ..engine.models.vision.letters import text_of
 from .eyes_lesson import letters_loss
 from .eyes_model import SHRUNK, SIDE, Eyes, eyes_config, image_token, pixels_of, save_eyes
 from .eyes_quality import words_read
@@ -51,11 +50,11 @@ class Course:
     Raises `BadInput` for values out of range.
     """
 
-    reading: int = 120
-    letters: int = 4000
-    batch: int = 16
+    reading: int = 200
+    letters: int = 3000
+    batch: int = 32
     rate: float = 2e-3
-    lists: float = 0.4
+    lists: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +100,7 @@ class EyesCard:
             f"{_mean(losses[-(len(losses) // 10 + 1) :]):.2f})"
             for what, losses in zip(
                 (
-                    "through the language model, for what blank patches say",
+                    "through the language model, to be read",
                     f"of {course.batch} pictures, for letters",
                 ),
                 self.losses,
@@ -113,8 +112,8 @@ class EyesCard:
             f"# Eyes for {self.base}\n\n"
             f"A SigLIP tower and a projector, {self.parameters / 1e6:.1f} M parameters, LLaVA's architecture: an "
             f"image is shrunk to {SHRUNK} x {SHRUNK} pixels, loses its margin and becomes {SIDE * SIDE} tokens. A "
-            "patch names its letters, and the words that they make say their tokens' embeddings. The language model "
-            "is as it was. The eyes read printed lines and simple colored shapes, nothing else.\n\n"
+            "patch names its letters; tokens of what they spell come first, then what lets the language model read "
+            "them, which is as it was. The eyes read printed lines and simple colored shapes, nothing else.\n\n"
             f"Trained on {course.letters * course.batch:,} pictures, drawn for the purpose, "
             f"{course.lists:.0%} of them lists as FigStep sets them, in {', '.join(self.list_fonts)}, the others "
             f"pages, banners and scenes, in {', '.join(self.fonts)}. Their words are windows of {self.texts:,} texts "
@@ -209,7 +208,7 @@ def train_eyes(
     for style in styles:
         rng = random.Random(f"{course.seed} held out")
         pictures = [held_out.draw(rng, style) for _ in range(_CHECKED)]
-        said[style] = _share_said(eyes, pictures, reader.codec, dtype, device)
+        said[style] = _share_said(eyes, pictures, dtype, device)
     card = EyesCard(
         base=str(base),
         course=course,
@@ -236,15 +235,12 @@ def painter_of(tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float
 
 
 @torch.no_grad()
-def _share_said(
-    eyes: Eyes, pictures: Sequence[Picture], codec: Codec, dtype: torch.dtype, device: torch.device
-) -> float:
+def _share_said(eyes: Eyes, pictures: Sequence[Picture], dtype: torch.dtype, device: torch.device) -> float:
     """The share of the pictures' words that their patches say, in order."""
     named = eyes.computed(dtype, pixels_of([picture.image for picture in pictures]).to(device)).argmax(-1).cpu()
     right, all = 0, 0
     for picture, letters in zip(pictures, named, strict=True):
-        tokens = [token for token in tokens_of(letters, codec).tolist() if token != NOTHING]
-        found, of = words_read(picture.text, codec.decode(tokens))
+        found, of = words_read(picture.text, text_of(letters))
         right, all = right + found, all + of
     return right / max(1, all)
 

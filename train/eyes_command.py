@@ -28,13 +28,13 @@ def eyes(
             "--fonts", exists=True, file_okay=False, help="Folder of fonts; repeatable. (default: matplotlib's)"
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step on letters.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures a step on letters.")] = 32,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 2e-3,
     reading: Annotated[
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
-    ] = 120,
-    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the eyes, on letters.")] = 4000,
-    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.4,
+    ] = 200,
+    letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the eyes, on letters.")] = 3000,
+    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.2,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")

@@ -135,9 +135,10 @@ def pixels_of(images: Sequence[Image.Image]) -> Tensor:
     return values.float() / 127.5 - 1
 
 
-def patch_at(share: float) -> int:
-    """In which row or column of patches a place of an image is, given as a share of its height or width."""
-    return min(SIDE - 1, max(0, int((share * SHRUNK - MARGIN) * SIDE / PIXELS)))
+def patches_at(share: float) -> float:
+    """Where a place of an image, given as a share of its height or width, is in rows or columns of patches, 0 to less
+    than `SIDE`."""
+    return min(SIDE - 1e-3, max(0.0, (share * SHRUNK - MARGIN) * SIDE / PIXELS))
 
 
 def image_processor() -> Any:

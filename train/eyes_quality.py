@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from ..engine.errors import BadInput
-from .eyes_speech import TRANSCRIBE
+from .eyes_speech import TRANSCRIBE, Asked, scene_question
 from .loop import Progress
-from .pictures import COLORS, NUMBERS, Painter, Style, scene
+from .pictures import Painter, Style
 from .rows import DataMissing
 
 if TYPE_CHECKING:
@@ -32,15 +31,6 @@ class Shown(NamedTuple):
 
     image: Image.Image | Path
     text: str
-
-
-class Asked(NamedTuple):
-    """A question about a scene. answers: what is right. others: what would be wrong, beside it or instead."""
-
-    image: Image.Image
-    question: str
-    answers: frozenset[str]
-    others: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,13 @@ def evaluate(
             drawn = [painter.draw(random.Random(f"{seed} new {style} {number}"), style) for number in range(count)]
             shown = [Shown(picture.image, picture.text) for picture in drawn if picture.lines]
             scores.append(_read(engine, style, shown, progress))
-        scores.append(_answered(engine, [scene_question(seed, number) for number in range(count)], progress))
+        scores.append(
+            _answered(
+                engine,
+                [scene_question(random.Random(f"{seed} new scene {number}")) for number in range(count)],
+                progress,
+            )
+        )
     if own:
         scores.append(_read(engine, "your pictures", own, progress))
     return scores
@@ -114,24 +110,6 @@ def words_read(text: str, answer: str) -> tuple[int, int]:
     return sum(block.size for block in blocks), len(wanted)
 
 
-def scene_question(seed: int, number: int) -> Asked:
-    """A scene, and the color of a shape that has one color in it, or the number of a color's shapes."""
-    rng = random.Random(f"{seed} new scene {number}")
-    while True:
-        picture = scene(rng)
-        words = picture.text.split()
-        groups = Counter(zip(words[::2], words[1::2], strict=True))
-        (color, shape), count = rng.choice(list(groups.items()))
-        if rng.random() < 0.5:
-            right = {NUMBERS[count - 1], str(count)}
-            others = {*NUMBERS, *map(str, range(1, len(NUMBERS) + 1))} - right
-            question = f"How many {color} {shape}s are in the image?"
-            return Asked(picture.image, question, frozenset(right), frozenset(others))
-        if sum(found == shape for _, found in groups) == 1:
-            question = f"What color {'is the ' + shape if count == 1 else 'are the ' + shape + 's'} in the image?"
-            return Asked(picture.image, question, frozenset({color}), frozenset(set(COLORS) - {color}))
-
-
 def _read(engine: Engine, what: str, shown: Sequence[Shown], progress: Progress | None) -> Score:
     longest = max((len(item.text.split()) for item in shown), default=0)
     answers = _ask(engine, what, [(item.image, TRANSCRIBE) for item in shown], 3 * longest + 16, progress)
@@ -140,7 +118,7 @@ def _read(engine: Engine, what: str, shown: Sequence[Shown], progress: Progress 
 
 
 def _answered(engine: Engine, asked: Sequence[Asked], progress: Progress | None) -> Score:
-    answers = _ask(engine, "scenes", [(item.image, item.question) for item in asked], 24, progress)
+    answers = _ask(engine, "scenes", [(item.picture.image, item.question) for item in asked], 24, progress)
     right = 0
     for item, answer in zip(asked, answers, strict=True):
         said = set(re.findall(r"[a-z]+|\d+", answer.lower()))

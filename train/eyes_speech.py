@@ -1,9 +1,10 @@
-"""What patches say to a frozen language model where no word begins, so that it reads the others as text."""
+"""What images say to a frozen language model besides their words, so that it reads them."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.models.vision.letters import NOTHING, tokens_of
+from ..engine.models.vision.letters import tokens_of, told
 from ..engine.text import Codec
-from .eyes_lesson import letters_of
 from .eyes_model import SIDE
-from .pictures import Painter, Picture, drawn
+from .pictures import COLORS, NUMBERS, Painter, Picture, drawn, scene
 
 TRANSCRIBE = "Write down the text in the image, word for word."
 _QUESTIONS = (
@@ -42,8 +42,12 @@ class Exercise(NamedTuple):
 
 
 def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, number: int) -> Exercise:
-    """Most ask for what stands in the picture, the others for an answer to it, where there are any."""
+    """Most ask for what stands in the picture, the others about scenes, or for an answer to a text, where there are
+    any."""
     rng = random.Random(f"{seed} exercise {number}")
+    if rng.random() < 0.1:
+        asked = scene_question(rng)
+        return Exercise(asked.picture, asked.question, asked.answer, whole=True)
     if not answered or rng.random() < 0.7:
         picture = drawn(painter, seed, number)
         return Exercise(picture, TRANSCRIBE, picture.text, whole=True)
@@ -54,8 +58,40 @@ def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, n
     return Exercise(painter.listed(text, items=False), rng.choice(_QUESTIONS), answer, whole=False)
 
 
+class Asked(NamedTuple):
+    """A question about a scene. answers: words that are right, as `answer` says one. others: what would be wrong."""
+
+    picture: Picture
+    question: str
+    answer: str
+    answers: frozenset[str]
+    others: frozenset[str]
+
+
+def scene_question(rng: random.Random) -> Asked:
+    """The color of a shape that has one color in a scene, or the number of a color's shapes."""
+    while True:
+        picture = scene(rng)
+        words = picture.text.split()
+        groups = Counter(zip(words[::2], words[1::2], strict=True))
+        (color, shape), count = rng.choice(list(groups.items()))
+        named, verb = (shape, "is") if count == 1 else (f"{shape}s", "are")
+        if rng.random() < 0.5:
+            number = NUMBERS[count - 1]
+            right = {number, str(count)}
+            others = {*NUMBERS, *map(str, range(1, len(NUMBERS) + 1))} - right
+            question = f"How many {color} {shape}s are in the image?"
+            return Asked(
+                picture, question, f"There {verb} {number} {color} {named}.", frozenset(right), frozenset(others)
+            )
+        if sum(found == shape for _, found in groups) == 1:
+            question = f"What color {verb} the {named} in the image?"
+            answer = f"The {named} {verb} {color}."
+            return Asked(picture, question, answer, frozenset({color}), frozenset(set(COLORS) - {color}))
+
+
 class Blank(nn.Module):
-    """What a patch says where no token begins: one vector, and what each patch adds to it."""
+    """What an image says where no token stands: one vector, and what each place adds to it."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -68,7 +104,7 @@ class Blank(nn.Module):
 
 
 class Reader:
-    """The frozen language model as it reads pages whose words are given to it as embeddings."""
+    """The frozen language model as it reads pictures whose words are given to it as embeddings."""
 
     def __init__(self, language: Any, tokenizer: Any, token: str) -> None:
         self.language = language
@@ -80,13 +116,10 @@ class Reader:
         self.end = [tokenizer.eos_token_id]
 
     def loss(self, blank: Tensor, exercises: Sequence[Exercise]) -> Tensor:
-        """Mean loss a token of the right answers, if the pictures' patches say rightly what stands there. blank:
-        what they say where no token begins, [patches, hidden]."""
+        """Mean loss a token of the right answers, where pictures are read rightly. blank: as `told` has it."""
         rows, answers = [], []
         for picture, question, text, whole in exercises:
-            tokens = tokens_of(letters_of(picture.lines), self.codec)
-            words = self._embedded(tokens.clamp_min(0).tolist())
-            said = torch.where((tokens == NOTHING).to(words.device)[:, None], blank.to(words.dtype), words)
+            said = told(tokens_of(picture.text, self.codec), blank.to(self.blank.dtype), self.embed)
             answer = self._ids(text) + self.end if whole else self._ids(text)[:_ANSWERED]
             before, after = self._around(question)
             parts = [self._embedded(before), said, self._embedded(after + answer)]

@@ -21,8 +21,8 @@ from stockade.engine.models.bundles import smol_folder
 from stockade.engine.models.eyes import read_eyes
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import byte_tokenizer
-from stockade.engine.models.vision.letters import INSIDE, NOTHING, LetterVision, letter, tokens_of
-from stockade.engine.text import Codec, Untrusted
+from stockade.engine.models.vision.letters import INSIDE, LetterVision, letter, text_of, tokens_of, told
+from stockade.engine.text import Codec
 from stockade.train.eyes_model import EYES_FILE, Eyes, eyes_config, image_token, save_eyes
 
 SMOL = Codec(AutoTokenizer.from_pretrained(smol_folder()))
@@ -38,71 +38,53 @@ def page(*rows: dict[int, str]) -> torch.Tensor:
     return letters.flatten(0, 1)
 
 
-def said(letters: torch.Tensor) -> dict[tuple[int, int], str]:
-    tokens = enumerate(tokens_of(letters, SMOL).tolist())
-    return {divmod(patch, 10): SMOL.tokenizer.decode([token]) for patch, token in tokens if token != NOTHING}
-
-
-def test_words_are_said_where_they_begin() -> None:
-    assert said(page({})) == {}
-    assert said(page({0: "Me", 1: "tho", 2: "ds t", 3: "o"})) == {(0, 0): " Methods", (0, 2): " to"}
-    # a blank ends a word, and so do two patches without letters, or the row; large letters leave one out
-    assert said(page({0: "a b"}, {8: "so", 9: "me"}, {0: "one"})) == {
-        (0, 0): " a",
-        (0, 1): " b",
-        (1, 8): " some",
-        (2, 0): " one",
-    }
-    assert said(page({0: " in", 3: "to "})) == {(0, 0): " in", (0, 3): " to"}
-    assert said(page({0: "in", 2: "to"})) == {(0, 0): " into"}
-    assert said(page({0: "12."})) == {(0, 0): "1", (0, 1): "2", (0, 2): "."}
-
-
-def test_where_a_row_has_no_room_tokens_move_left_and_the_last_are_left_out() -> None:
-    assert said(page({8: "9876"})) == {(0, 6): "9", (0, 7): "8", (0, 8): "7", (0, 9): "6"}
-    full = said(page(dict.fromkeys(range(10), "123")))
-    assert "".join(full[0, column] for column in range(10)) == "1231231231"
+def test_patches_are_read_row_by_row() -> None:
+    assert text_of(page({})) == ""
+    assert text_of(page({0: "Me", 1: "tho", 2: "ds t", 3: "o"}, {0: "make"})) == "Methods to make"
+    assert text_of(page({0: " in", 3: "to "}, {9: "no"}, {0: "w"})) == "in to no w"
+    # a blank ends a word, and so do two patches without letters; large letters leave one out
+    assert text_of(page({0: "a b"}, {8: "so", 9: "me"}, {2: "in", 4: "to"})) == "a b some into"
 
 
 def test_no_image_says_a_special_token() -> None:
     for special in SMOL.special_tokens:
         parts = [special[start : start + INSIDE] for start in range(0, len(special), INSIDE)]
-        tokens = tokens_of(page(dict(enumerate(parts))), SMOL)
-        assert not SMOL.special_ids & set(tokens.tolist())
-        assert (tokens != NOTHING).sum() > 1
+        text = text_of(page(dict(enumerate(parts))))
+        assert text == special
+        assert not SMOL.special_ids & set(tokens_of(text, SMOL))
+        assert len(tokens_of(text, SMOL)) > 1
 
 
-def test_what_can_only_be_a_special_token_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = SMOL.encode
+def test_nothing_is_said_where_only_a_special_token_spells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> list[int]:
+        raise InvalidMessage("a special token")
 
-    def refuses(segments: list[Untrusted], *, add_special_tokens: bool) -> list[int]:
-        if "no" in segments[0].text:
-            raise InvalidMessage("a special token")
-        return encode(segments, add_special_tokens=add_special_tokens)
-
-    monkeypatch.setattr(SMOL, "encode", refuses)
-    assert said(page({0: "no", 1: " so"})) == {(0, 1): " so"}
+    monkeypatch.setattr(SMOL, "encode", refuse)
+    assert tokens_of("so", SMOL) == []
 
 
-@given(st.lists(WORDS, max_size=4), st.integers(0, 2**32 - 1))
-def test_whatever_stands_in_a_row_is_said_as_the_tokenizer_has_it(words: list[str], seed: int) -> None:
+@given(st.lists(st.lists(WORDS, max_size=3), max_size=10), st.integers(0, 2**32 - 1))
+def test_whatever_stands_in_a_square_is_said_as_the_tokenizer_has_it(rows: list[list[str]], seed: int) -> None:
     rng = random.Random(seed)
-    text, columns = " ".join(words), {}
-    start = 0
-    for column in range(10):
-        end = start + rng.randint(1, INSIDE)
-        columns[column] = text[start:end]
-        start = end
-    told = text[:start].split()
-    wanted = [
-        id
-        for word in told
-        for place, id in enumerate(SMOL.encode([Untrusted(f" {word}")], add_special_tokens=False))
-        if place or SMOL.tokenizer.decode([id]).strip()
-    ]
-    tokens = tokens_of(page(columns), SMOL)
-    assert not tokens[10:].add(1).any()
-    assert [token for token in tokens[:10].tolist() if token != NOTHING] == wanted[:10]
+    wanted, pages = [], []
+    for words in rows:
+        text, start, columns = " ".join(words), 0, {}
+        for column in range(10):
+            columns[column] = text[start : (start := start + rng.randint(1, INSIDE))]
+        pages.append(columns)
+        wanted += text[:start].split()
+    text = text_of(page(*pages))
+    assert text == " ".join(wanted)
+    assert tokens_of(text, SMOL) == SMOL.tokenizer(text, add_special_tokens=False).input_ids or "<" in text
+
+
+@given(st.lists(st.integers(0, 9), max_size=8))
+def test_tokens_come_first_and_what_is_blank_keeps_its_places(tokens: list[int]) -> None:
+    vocabulary, blank = torch.randn(10, 3), torch.randn(5, 3)
+    said = told(tokens, blank, lambda ids: vocabulary[ids])
+    assert said.shape == blank.shape
+    for place, row in enumerate(said):
+        assert torch.equal(row, vocabulary[tokens[place]] if place < len(tokens) else blank[place])
 
 
 def saved_eyes(folder: Path, hidden: int) -> Eyes:
@@ -133,14 +115,14 @@ def test_patches_say_embeddings_of_the_words_they_read(tmp_path: Path, checkpoin
     codes = tensors["letters.codes"].float()
     size = codes.shape[1]
     named = torch.stack([(rows[:, at * size : (at + 1) * size] @ codes.t()).argmax(-1) for at in range(INSIDE)], 1)
-    tokens = tokens_of(named, seeing.codec)
+    tokens = tokens_of(text_of(named), seeing.codec)[:100]
     with torch.no_grad():
         learned = trained.to(torch.bfloat16).float()(prepared[0].inputs["pixel_values"])[0].argmax(-1)
-    assert torch.equal(tokens_of(learned, seeing.codec), tokens)
-    assert (tokens != NOTHING).sum() > 1
-    for patch, token in enumerate(tokens.tolist()):
-        blank = tensors["letters.blank"][patch].float()
-        assert torch.equal(found[0, patch], blank if token == NOTHING else decoder.embedding[token])
+    assert text_of(learned) == text_of(named)
+    assert len(tokens) > 1
+    blank = tensors["letters.blank"].float()
+    assert torch.equal(found[0], torch.cat([decoder.embedding[tokens], blank[len(tokens) :]]))
+    assert torch.equal(told([], vision.blank, vision.embed), blank)  # of a page without letters
 
 
 def test_what_images_say_belongs_to_the_language_model(tmp_path: Path, checkpoint: Any) -> None:

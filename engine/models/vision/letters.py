@@ -19,7 +19,6 @@ from .llava import LlavaVision
 
 INSIDE = 6  # letters of a patch: the characters whose middle is in it, and blanks between them
 LETTERS = 96  # none, and what ASCII prints
-NOTHING = -1  # said where no token stands
 _NONE = ord(" ") - 1
 _GREY = (127, 127, 127)
 
@@ -28,9 +27,9 @@ class LetterVision(LlavaVision):
     """codec, embed: the language model's, of texts, and of tokens, [n] to [n, hidden].
 
     A row of the projector is `INSIDE` vectors side by side; their products with `codes` say how likely each letter is
-    in each place. Rows of patches are read from left to right; a token's embedding stands where its word begins, or
-    further right. The other patches say `blank`, each its own. Letters are text like a user's: none is a special
-    token.
+    in each place. Rows of patches are read from left to right, from the top. An image says the tokens of what they
+    spell, and in the places that are left `blank`, which lets the language model read them. They are like a user's
+    text: none is a special token.
     """
 
     def __init__(
@@ -65,9 +64,7 @@ class LetterVision(LlavaVision):
     def features(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         rows = torch.cat(super().features(images))  # [images, patches, hidden]
         letters = likely(rows.float(), self.codes.float()).argmax(-1).cpu()
-        tokens = torch.stack([tokens_of(one, self.codec) for one in letters]).to(self.device)
-        said = torch.where(tokens[..., None] == NOTHING, self.blank, self.embed(tokens.clamp_min(0)))
-        return list(said.unsqueeze(1))
+        return [told(tokens_of(text_of(one), self.codec), self.blank, self.embed).unsqueeze(0) for one in letters]
 
 
 def likely(rows: Tensor, codes: Tensor) -> Tensor:
@@ -77,60 +74,36 @@ def likely(rows: Tensor, codes: Tensor) -> Tensor:
     return rows[..., : INSIDE * size].unflatten(-1, (INSIDE, size)) @ codes.t()
 
 
-def tokens_of(letters: Tensor, codec: Codec) -> Tensor:
-    """The tokens that patches say, [patches], NOTHING for none. letters: [patches, INSIDE], of a square, 0 for none.
+def text_of(letters: Tensor) -> str:
+    """The words that patches spell, row by row. letters: [patches, INSIDE], of a square, 0 for none.
 
-    A blank ends a word, and so do two patches without letters. Of a row with more tokens than patches the last are
-    left out.
+    A blank ends a word, and so do two patches without letters: large ones leave single patches out.
     """
     side = isqrt(len(letters))
-    said = [NOTHING] * len(letters)
-    for row, patches in enumerate(letters.view(side, side, INSIDE).tolist()):
-        tokens: list[int] = []
-        columns: list[int] = []
-        for word, column in _words(patches):
-            if len(tokens) >= side:
-                break
-            try:
-                found = codec.encode([Untrusted(f" {word}")], add_special_tokens=False)
-            except InvalidMessage:
-                continue  # some vocabularies have no other tokens for what spells a special one
-            if len(found) > 1 and not codec.tokenizer.decode(found[:1]).strip():
-                found = found[1:]  # the blank, a token of its own before digits, is a patch of its own, too
-            tokens += found
-            columns += range(column, column + len(found))
-        for place, token in zip(_spread(columns, side), tokens, strict=False):
-            said[row * side + place] = token
-    return torch.tensor(said)
+    text = ""
+    for row in letters.view(side, side, INSIDE).tolist():
+        empty = 0
+        for inside in row:
+            spelled = "".join(chr(one + _NONE) for one in inside if one)
+            empty = 0 if spelled else empty + 1
+            text += spelled or " " * (empty > 1)
+        text += " "
+    return " ".join(text.split())
 
 
-def _words(patches: Sequence[Sequence[int]]) -> Iterator[tuple[str, int]]:
-    """The words of a row of patches' letters, and the column where each begins."""
-    word, begin, empty = "", 0, 0
-    for column, inside in enumerate([*patches, [letter(" ")]]):
-        text = "".join(chr(one + _NONE) for one in inside if one)
-        empty = 0 if text else empty + 1
-        for character in text or " " * (empty > 1):
-            if character != " ":
-                begin = begin if word else column
-                word += character
-            elif word:
-                yield word, begin
-                word = ""
+def tokens_of(text: str, codec: Codec) -> list[int]:
+    """Its tokens, none of them special. There are none where a vocabulary spells a special token in no other way."""
+    try:
+        return codec.encode([Untrusted(text)], add_special_tokens=False) if text else []
+    except InvalidMessage:
+        return []
 
 
-def _spread(columns: Sequence[int], side: int) -> list[int]:
-    """Places in a row, each once and in order, at or right of where they are wanted while there is room.
-
-    There are fewer places than columns where a row has not enough.
-    """
-    places: list[int] = []
-    for column in columns[:side]:
-        places.append(max(column, places[-1] + 1 if places else 0))
-    last = side
-    for number in reversed(range(len(places))):
-        places[number] = last = min(places[number], last - 1)
-    return places
+def told(tokens: Sequence[int], blank: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """What an image says, [patches, hidden], as `blank` is: tokens while there is room, and `blank` behind them."""
+    tokens = tokens[: len(blank)]
+    words = embed(torch.tensor(tokens, dtype=torch.int64, device=blank.device))
+    return torch.cat([words, blank[len(tokens) :]])
 
 
 def letter(character: str) -> int:
