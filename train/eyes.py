@@ -24,11 +24,12 @@ from ..engine.models.eyes import template_with_images
 from ..engine.models.loader import fast_dtype
 from ..engine.models.sources import BUNDLES
 from ..engine.models.vision.letters import text_of
+from ..engine.models.vision.spelling import Lexicon, words_of
 from .eyes_lesson import letters_loss
 from .eyes_model import SHRUNK, SIDE, Eyes, eyes_config, image_token, pixels_of, save_eyes
 from .eyes_quality import words_read
 from .eyes_speech import Blank, Reader, exercise
-from .eyes_texts import Texts, words_of
+from .eyes_texts import Texts
 from .loop import SAVE_SECONDS, Progress, fingerprint, train
 from .muon import Muon
 from .outcome import Folder, device_and_versions
@@ -204,11 +205,11 @@ def train_eyes(
     )
     held_out = painter_of(tokenizer, texts, fonts, course.lists, held_out=True)
     styles: tuple[Style, ...] = ("list", *OTHERS)
-    said = {}
+    lexicon, said = Lexicon(words_of(tokenizer)), {}
     for style in styles:
         rng = random.Random(f"{course.seed} held out")
         pictures = [held_out.draw(rng, style) for _ in range(_CHECKED)]
-        said[style] = _share_said(eyes, pictures, dtype, device)
+        said[style] = _share_said(eyes, lexicon, pictures, dtype, device)
     card = EyesCard(
         base=str(base),
         course=course,
@@ -229,18 +230,20 @@ def train_eyes(
 def painter_of(tokenizer: Any, texts: Texts, fonts: Sequence[Path], lists: float, held_out: bool = False) -> Painter:
     """What draws pictures of the words to learn from, or of the held-out texts' alone (single words where there are
     none)."""
-    words = words_of(tokenizer)
+    words = [word for word in words_of(tokenizer) if word.islower()]
     phrases = Phrases.of(texts.held_out, words, 0.0) if held_out else Phrases.of(texts.train, words, _STRUNG)
     return Painter(fonts, letter_fonts(fonts), phrases, SHRUNK, lists)
 
 
 @torch.no_grad()
-def _share_said(eyes: Eyes, pictures: Sequence[Picture], dtype: torch.dtype, device: torch.device) -> float:
+def _share_said(
+    eyes: Eyes, lexicon: Lexicon, pictures: Sequence[Picture], dtype: torch.dtype, device: torch.device
+) -> float:
     """The share of the pictures' words that their patches say, in order."""
-    named = eyes.computed(dtype, pixels_of([picture.image for picture in pictures]).to(device)).argmax(-1).cpu()
+    named = eyes.computed(dtype, pixels_of([picture.image for picture in pictures]).to(device)).float().cpu()
     right, all = 0, 0
     for picture, letters in zip(pictures, named, strict=True):
-        found, of = words_read(picture.text, text_of(letters))
+        found, of = words_read(picture.text, text_of(letters, lexicon))
         right, all = right + found, all + of
     return right / max(1, all)
 

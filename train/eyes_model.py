@@ -172,8 +172,8 @@ def image_token(tokenizer: Any) -> str:
 
 
 def save_eyes(eyes: Eyes, blank: Tensor, config: LlavaConfig, folder: Path) -> None:
-    """Tower, projector, codes and what blank patches say, [patches, hidden], in bf16: `EYES_FILE`, as the engine's
-    `read_eyes` takes it."""
+    """Tower, projector, codes, and what stands behind an image's tokens, [patches, hidden], in bf16: `EYES_FILE`, as
+    the engine's `read_eyes` takes it."""
     state = {str(canonical_name(name)): value for name, value in eyes.state_dict().items()}
     state |= {"letters.codes": state.pop("codes"), "letters.blank": blank}
     tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ def exercise(painter: Painter, answered: Sequence[tuple[str, str]], seed: str, n
     """Most ask for what stands in the picture, the others about scenes, or for an answer to a text, where there are
     any."""
     rng = random.Random(f"{seed} exercise {number}")
-    if rng.random() < 0.1:
+    if rng.random() < 0.2:
         asked = scene_question(rng)
         return Exercise(asked.picture, asked.question, asked.answer, whole=True)
     if not answered or rng.random() < 0.7:
@@ -73,7 +72,7 @@ def scene_question(rng: random.Random) -> Asked:
     while True:
         picture = scene(rng)
         words = picture.text.split()
-        groups = Counter(zip(words[::2], words[1::2], strict=True))
+        groups = dict(zip(zip(words[1::3], words[2::3], strict=True), map(int, words[::3]), strict=True))
         (color, shape), count = rng.choice(list(groups.items()))
         named, verb = (shape, "is") if count == 1 else (f"{shape}s", "are")
         if rng.random() < 0.5:

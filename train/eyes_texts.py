@@ -1,12 +1,13 @@
-"""The words of the pictures that eyes learn from: texts of files, some held out, and the model's vocabulary."""
+"""The texts of the pictures that eyes learn from, some held out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..engine.errors import BadInput
 from .rows import DataMissing
@@ -25,7 +26,7 @@ class Texts(NamedTuple):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256("\n".join((*self.train, *self.held_out)).encode()).hexdigest()
+        return hashlib.sha256("\n".join((*self.train, *self.held_out, *chain(*self.answered))).encode()).hexdigest()
 
 
 def read_texts(files: Sequence[Path]) -> Texts:
@@ -61,14 +62,3 @@ def _read(file: Path) -> list[tuple[str, str]]:
             raise BadInput(f"{file}, line {number}: no object with a text in {' or '.join(_FIELDS)}") from None
         found.append((str(row.get("question", text)), text))
     return found
-
-
-def words_of(tokenizer: Any) -> tuple[str, ...]:
-    """The words among the tokens, in their order (of byte-pair vocabularies the usual ones come first): those that
-    begin with a blank, or all where none does."""
-    special = set(tokenizer.added_tokens_decoder)
-    ids = [id for id in range(len(tokenizer)) if id not in special]
-    texts = tokenizer.backend_tokenizer.decode_batch([[id] for id in ids])
-    plain = [text for text in texts if (bare := text.strip()).isascii() and bare.isalpha() and bare.islower()]
-    begun = [text[1:] for text in plain if text.startswith(" ") and len(text) > 2]
-    return tuple(begun or (text.strip() for text in plain))

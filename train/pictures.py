@@ -43,7 +43,7 @@ _ALIKE = 0.01  # share of a letter's width by which fonts may differ and still b
 LIST_WIDTH = 15  # characters of a line of FigStep's lists
 _USUAL = 3.0  # how much more often the usual of single words come than the others: 1 is not at all
 _CAPITALS = 0.15  # share of single words that begin with one
-_ACROSS = 64  # pixels of a scene over which a shape's color and kind are said
+_ACROSS = 72  # pixels of a scene over which is said what a shape is
 
 
 class Line(NamedTuple):
@@ -279,8 +279,8 @@ def drawn(painter: Painter, seed: str, number: int) -> Picture:
 
 
 def scene(rng: random.Random) -> Picture:
-    """One to three groups of equal shapes on a light ground. Its lines say the color and the kind of each across the
-    place where it stands."""
+    """One to three groups of equal shapes on a light ground. Across the place where a shape stands its lines say how
+    many there are of its kind, its color, and what it is: "3 red star"."""
     image = Image.new("RGB", (240, 240), tuple(rng.randint(225, 255) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     kinds = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], rng.randint(1, 3))
@@ -291,7 +291,7 @@ def scene(rng: random.Random) -> Picture:
         row, column = divmod(cell, 3)
         radius = rng.uniform(18, 36)
         _shape(draw, shape, column * 80 + 40, row * 80 + 40, radius, COLORS[color])
-        rows.setdefault(row, []).append((column, f"{color} {shape}"))
+        rows.setdefault(row, []).append((column, f"{drawn.count((color, shape))} {color} {shape}"))
     lines = []
     for row, beside in rows.items():
         xs = [

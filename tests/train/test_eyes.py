@@ -29,6 +29,7 @@ from stockade.engine.models.eyes import template_with_images
 from stockade.engine.models.loader import load_models
 from stockade.engine.models.shapes import byte_tokenizer
 from stockade.engine.models.vision.letters import INSIDE, LETTERS, text_of
+from stockade.engine.models.vision.spelling import Lexicon, words_of
 from stockade.engine.prepare import encode
 from stockade.train import eyes_command
 from stockade.train.eyes import Course, _share_said, painter_of, train_eyes
@@ -59,6 +60,7 @@ TEXTS = Texts(
     ("a new text of some words",),
     (("What is quick?", "1. the brown fox"), ("And the dog?", "lazy")),
 )
+LEXICON = Lexicon(words_of(byte_tokenizer(320)))
 QUICK = Course(reading=2, letters=2, batch=2)
 
 
@@ -124,7 +126,8 @@ def test_what_a_picture_says_is_its_text(style: str) -> None:
     painter = painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6, held_out=True)
     for number in range(6):
         picture = painter.draw(random.Random(number), style)
-        assert text_of(page_of(picture.lines)) == picture.text
+        letters = 40 * F.one_hot(page_of(picture.lines), LETTERS).float()
+        assert text_of(letters, LEXICON) == picture.text
 
 
 @pytest.mark.parametrize("columns", [(0.2, 0.95, 1.05, 3.5), (4.5,), (0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.999)])
@@ -140,17 +143,23 @@ def test_a_row_says_a_line_in_every_way_that_borders_allow(columns: tuple[float,
             letters = torch.tensor([one + [0] * (INSIDE - len(one)) for one in inside])
             ways.append(named.gather(-1, letters.expand(2, -1, -1)[..., None]).sum((1, 2, 3)))
     assert (len(ways) > 1) == (len(columns) > 1)
-    torch.testing.assert_close(line_likelihoods(named, [line, line]), torch.stack(ways).logsumexp(0))
+    other = Said((7, 8), (0.5, 9.5), 0.5)
+    together = line_likelihoods(named[[0, 1, 1]], [line, line, other])  # which is as it is alone
+    torch.testing.assert_close(together[:2], torch.stack(ways).logsumexp(0))
+    torch.testing.assert_close(together[2:], line_likelihoods(named[1:], [other]))
 
 
 def test_a_line_near_a_border_of_rows_may_be_said_in_either(painter: Painter) -> None:
-    def loss(says: Sequence[Line], lines: Sequence[Line]) -> float:
+    def batch_loss(pages: Sequence[tuple[Sequence[Line], Sequence[Line]]]) -> float:
         class Sees(Eyes):
             def computed(self, dtype: torch.dtype, pixels: torch.Tensor) -> torch.Tensor:
-                return 40 * F.one_hot(page_of(says), LETTERS).float()[None]
+                return 40 * F.one_hot(torch.stack([page_of(says) for says, _ in pages]), LETTERS).float()
 
-        picture = drawn(painter, "0", 0)._replace(lines=tuple(lines))
-        return float(letters_loss(Sees(tiny_config()), [picture], torch.float32, torch.device("cpu")))
+        pictures = [drawn(painter, "0", 0)._replace(lines=tuple(lines)) for _, lines in pages]
+        return float(letters_loss(Sees(tiny_config()), pictures, torch.float32, torch.device("cpu")))
+
+    def loss(says: Sequence[Line], lines: Sequence[Line]) -> float:
+        return batch_loss([(says, lines)])
 
     def at(text: str, row: float) -> Line:
         y = (row * PIXELS / SIDE + MARGIN) / SHRUNK
@@ -167,6 +176,11 @@ def test_a_line_near_a_border_of_rows_may_be_said_in_either(painter: Painter) ->
     assert loss([at("so", 1.5), at("it", 2.5)], both) < 1e-6  # lines move together
     assert loss([at("so", 2.5), at("it", 3.5)], both) < 1e-6
     assert loss([at("it", 2.5), at("so", 3.5)], both) > 10  # and stay in order
+    full = [at("so", row + 0.5) for row in range(SIDE)]  # pages beside longer ones
+    unlike = [([], []), (both, both), (full, full), (full[:1], full[:1])]
+    assert batch_loss(unlike) < 1e-6
+    for wrong in range(len(unlike)):
+        assert batch_loss([*unlike[:wrong], (full[3:5], unlike[wrong][1]), *unlike[wrong + 1 :]]) > 1
 
 
 @pytest.mark.parametrize("style", ["page", "banner"])
@@ -177,17 +191,29 @@ def test_no_two_lines_stand_in_one_row_of_patches(style: str) -> None:
         assert len(set(rows)) == len(rows)
 
 
-def test_shapes_are_said_where_they_are() -> None:
+def test_shapes_are_said_where_they_are_and_how_many_there_are() -> None:
     for number in range(20):
         picture = scene(random.Random(number))
         pixels = np.array(picture.image)
+        words = picture.text.split()
+        kinds = list(zip(words[1::3], words[2::3], strict=True))
+        assert [kinds.count(kind) for kind in kinds] == [int(count) for count in words[::3]]
         for line in picture.lines:
             words = line.text.split()
             middles = iter(line.xs[at] for at in range(len(line.text)))
-            for color, shape in zip(words[::2], words[1::2], strict=True):
-                xs = [next(middles) for _ in f"{color} {shape}"]
+            for count, color, shape in zip(words[::3], words[1::3], words[2::3], strict=True):
+                xs = [next(middles) for _ in f"{count} {color} {shape}"]
                 next(middles, None)
                 assert tuple(pixels[round(line.y * 240), round(sum(xs) / len(xs) * 240)]) == COLORS[color]
+
+
+def test_patches_have_room_for_what_scenes_say() -> None:
+    for number in range(100):
+        lines = scene(random.Random(number)).lines
+        said = sorted(lines_said(lines), key=lambda one: one.row)
+        assert [len(one.letters) for one in said] == [
+            len(line.text) for line in sorted(lines, key=lambda line: line.y)
+        ]
 
 
 def test_it_trains_resumes_to_the_same_result_and_the_engine_reads_it(
@@ -270,11 +296,11 @@ def test_letters_are_learned_by_all_parameters(painter: Painter) -> None:
 def test_all_is_said_by_eyes_that_see_every_letter(painter: Painter) -> None:
     class Sees(Eyes):
         def computed(self, dtype: torch.dtype, pixels: torch.Tensor) -> torch.Tensor:
-            return F.one_hot(torch.stack([page_of(picture.lines) for picture in pictures]), LETTERS).float()
+            return 40 * F.one_hot(torch.stack([page_of(picture.lines) for picture in pictures]), LETTERS).float()
 
     words = painter_of(byte_tokenizer(320), TEXTS, FONTS, 0.6, held_out=True)
     pictures = [drawn(words, "0", number) for number in range(4)]
-    assert _share_said(Sees(tiny_config()), pictures, torch.float32, torch.device("cpu")) == 1
+    assert _share_said(Sees(tiny_config()), LEXICON, pictures, torch.float32, torch.device("cpu")) == 1
 
 
 def test_what_is_drawn_stands_where_it_is_said_to_stand_in_the_square(painter: Painter) -> None:

@@ -1,7 +1,8 @@
-"""Eyes that read: the rows of LLaVA's projector name letters, and patches say the tokens of the words they make."""
+"""Eyes that read: the rows of LLaVA's projector name letters, and images say the tokens of the words they spell."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import isqrt
@@ -16,10 +17,12 @@ from ...images import LoadedImage
 from ...text import Codec, Untrusted
 from .adapter import PreparedImage
 from .llava import LlavaVision
+from .spelling import Lexicon, Reading, words_of
 
 INSIDE = 6  # letters of a patch: the characters whose middle is in it, and blanks between them
 LETTERS = 96  # none, and what ASCII prints
 _NONE = ord(" ") - 1
+_READINGS = 4  # of a place that words are spelled with, the likeliest
 _GREY = (127, 127, 127)
 
 
@@ -27,9 +30,10 @@ class LetterVision(LlavaVision):
     """codec, embed: the language model's, of texts, and of tokens, [n] to [n, hidden].
 
     A row of the projector is `INSIDE` vectors side by side; their products with `codes` say how likely each letter is
-    in each place. Rows of patches are read from left to right, from the top. An image says the tokens of what they
-    spell, and in the places that are left `blank`, which lets the language model read them. They are like a user's
-    text: none is a special token.
+    in each place. Rows of patches are read from left to right, from the top; a word that the vocabulary does not have
+    gives way to one that it has and that is nearly as likely. An image says the tokens of what they spell, and in the
+    places that are left `blank`, which lets the language model read them; tokens that have no place left are cut
+    off. They are like a user's text: none is a special token.
     """
 
     def __init__(
@@ -47,10 +51,14 @@ class LetterVision(LlavaVision):
             raise CheckpointMismatch(f"eyes that read shrink images to squares, not to {dict(processor.size)}")
         if isqrt(self.count) ** 2 != self.count:
             raise CheckpointMismatch(f"eyes that read have a square of patches, not {self.count}")
+        seen = config.vision_config.image_size
+        if not processor.do_center_crop or dict(processor.crop_size) != {"height": seen, "width": seen}:
+            raise CheckpointMismatch(f"eyes that read {seen} x {seen} pixels crop images to that")
         hidden = config.text_config.hidden_size
         self.codes = torch.empty(LETTERS, hidden // INSIDE, device=device, dtype=dtype)
         self.blank = torch.empty(self.count, hidden, device=device, dtype=dtype)
         self.codec = codec
+        self.lexicon = Lexicon(words_of(codec.tokenizer))
         self.embed = embed
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
@@ -61,10 +69,19 @@ class LetterVision(LlavaVision):
     def inputs(self, image: LoadedImage, images: int) -> dict[str, Tensor]:
         return super().inputs(replace(image, pixels=squared(image.pixels, self.pixels)), images)
 
+    def freeze(self, weights_hash: bytes, tokenizer: Any) -> None:
+        vocabulary = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=32)
+        super().freeze(weights_hash + vocabulary.digest(), tokenizer)
+
     def features(self, images: Sequence[PreparedImage]) -> list[Tensor]:
-        rows = torch.cat(super().features(images))  # [images, patches, hidden]
-        letters = likely(rows.float(), self.codes.float()).argmax(-1).cpu()
-        return [told(tokens_of(text_of(one), self.codec), self.blank, self.embed).unsqueeze(0) for one in letters]
+        # One at a time: where a kernel rounds by how many there are, a batch would be read as other words.
+        return [self._told(image) for image in images]
+
+    def _told(self, image: PreparedImage) -> Tensor:
+        (rows,) = super().features([image])  # [1, patches, hidden]
+        letters = likely(rows[0].float(), self.codes.float()).cpu()
+        tokens = tokens_of(text_of(letters, self.lexicon), self.codec)
+        return told(tokens, self.blank, self.embed).unsqueeze(0)
 
 
 def likely(rows: Tensor, codes: Tensor) -> Tensor:
@@ -74,21 +91,34 @@ def likely(rows: Tensor, codes: Tensor) -> Tensor:
     return rows[..., : INSIDE * size].unflatten(-1, (INSIDE, size)) @ codes.t()
 
 
-def text_of(letters: Tensor) -> str:
-    """The words that patches spell, row by row. letters: [patches, INSIDE], of a square, 0 for none.
+def text_of(letters: Tensor, lexicon: Lexicon) -> str:
+    """The words that patches spell, row by row. letters: logits, [patches, INSIDE, LETTERS], of a square.
 
     A blank ends a word, and so do two patches without letters: large ones leave single patches out.
     """
     side = isqrt(len(letters))
-    text = ""
-    for row in letters.view(side, side, INSIDE).tolist():
+    nats, likeliest = letters.nan_to_num().flatten(0, 1).topk(_READINGS)
+    readings = [
+        [Reading(less, chr(one + _NONE) if one else "") for less, one in zip(*place, strict=True)]
+        for place in zip((nats[:, :1] - nats).tolist(), likeliest.tolist(), strict=True)
+    ]
+    words: list[list[list[Reading]]] = [[]]
+    for row in range(side):
         empty = 0
-        for inside in row:
-            spelled = "".join(chr(one + _NONE) for one in inside if one)
-            empty = 0 if spelled else empty + 1
-            text += spelled or " " * (empty > 1)
-        text += " "
-    return " ".join(text.split())
+        for patch in range(row * side, (row + 1) * side):
+            inside = readings[patch * INSIDE : (patch + 1) * INSIDE]
+            empty = 0 if any(place[0].letter for place in inside) else empty + 1
+            if empty > 1:
+                words.append([])
+                continue
+            for place in inside:
+                if place[0].letter == " ":
+                    words.append([])
+                else:
+                    words[-1].append(place)
+        words.append([])
+    spelled = (lexicon.spelled(word) for word in words if any(place[0].letter for place in word))
+    return " ".join(" ".join(spelled).split())
 
 
 def tokens_of(text: str, codec: Codec) -> list[int]:
