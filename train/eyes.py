@@ -55,7 +55,7 @@ class Course:
     letters: int = 3000
     batch: int = 32
     rate: float = 2e-3
-    lists: float = 0.2
+    lists: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def eyes(
         int, typer.Option("--reading", min=1, help="Steps through the language model, at first.")
     ] = 200,
     letters: Annotated[int, typer.Option("--letters", min=1, help="Steps of the eyes, on letters.")] = 3000,
-    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.2,
+    lists: Annotated[float, typer.Option("--lists", help="Share of pictures in FigStep's style.")] = 0.25,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and pictures.")] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. (default: cuda if there is one)")

@@ -55,8 +55,7 @@ def letters_loss(eyes: Eyes, pictures: Sequence[Picture], dtype: torch.dtype, de
         (page, row, number, line)
         for page, lines in enumerate(pages)
         for number, line in enumerate(lines)
-        for row in range(SIDE)
-        if _near(line.row, row)
+        for row in _near([line.row])[:, 0].nonzero().flatten().tolist()
     ]
     nothing = named[..., 0].sum((-2, -1))  # [pictures, rows]
     lines = named.new_full((len(pages), SIDE, max(map(len, pages))), _NEVER)
@@ -81,8 +80,7 @@ def line_likelihoods(named: Tensor, lines: Sequence[Said]) -> Tensor:
     allowed = torch.zeros(len(lines), SIDE, longest + INSIDE, dtype=torch.bool)
     for number, line in enumerate(lines):
         letters[number, : len(line.letters)] = torch.tensor(line.letters)
-        columns = torch.tensor(line.columns)
-        allowed[number, :, : len(columns)] = (columns - torch.arange(SIDE)[:, None] - 0.5).abs() <= 0.5 + _EITHER
+        allowed[number, :, : len(line.columns)] = _near(line.columns)
     letters, allowed = letters.to(named.device), allowed.to(named.device)
     each = named.gather(-1, letters[:, None, None].expand(-1, SIDE, INSIDE, -1))
     each = each.masked_fill(~allowed[:, :, None], _NEVER)  # [rows, SIDE, INSIDE, letters]
@@ -103,5 +101,6 @@ def line_likelihoods(named: Tensor, lines: Sequence[Said]) -> Tensor:
     return total.gather(1, ends[:, None]).squeeze(1)
 
 
-def _near(place: float, patch: int) -> bool:
-    return abs(place - patch - 0.5) <= 0.5 + _EITHER
+def _near(places: Sequence[float]) -> Tensor:
+    """Whether a place may be said by a patch, [SIDE, places], bool. places: in patches from the first one's edge."""
+    return (torch.tensor(places) - torch.arange(SIDE)[:, None] - 0.5).abs() <= 0.5 + _EITHER

@@ -23,7 +23,7 @@ from ..engine.models.vision.letters import squared
 
 Style = Literal["list", "page", "banner", "scene"]
 # How often pictures have each style besides lists, of a hundred.
-OTHERS: dict[Style, int] = {"page": 60, "banner": 25, "scene": 15}
+OTHERS: dict[Style, int] = {"page": 50, "banner": 16, "scene": 34}
 OPENINGS = ("Methods to", "Steps to", "List of")  # of FigStep's lists
 COLORS = {
     "red": (214, 39, 40),
